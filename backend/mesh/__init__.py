@@ -1,0 +1,1 @@
+"""From a field to a game-ready mesh: marching cubes, cleaning, UV charts, baking, GLB."""

@@ -1,0 +1,1 @@
+"""One file a recipe: a straight-line function from inputs to an asset."""

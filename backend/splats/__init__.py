@@ -1,0 +1,1 @@
+"""The Gaussian model: rendering on CPU and GPU from one set of conventions, fitting, PLY files."""

@@ -1,0 +1,1 @@
+"""Cameras, images, masks: what was seen of a subject, and from where."""

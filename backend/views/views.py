@@ -1,0 +1,207 @@
+"""Pictures of one subject with exact cameras, loaded from a folder in the `transforms.json` layout that NeRF tools share.
+
+SPEC.md ("Views") describes the files. Behind this loader everything lives in the *unit frame*: the world moved and scaled so that what all
+cameras see together is the unit sphere. `Frame` takes results back.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float
+from PIL import Image
+
+from protocol.errors import KilnError
+
+from .cameras import OPENCV_FROM_OPENGL, Camera
+
+LARGEST_SIDE = 8192  # pixels
+MOST_VIEWS = 500
+MOST_PIXELS = 500_000_000  # over all views: about 10 GB as float32 with depth
+
+
+@dataclass(frozen=True)
+class Frame:
+    """`unit = (world - centre) * scale`; world in metres, Z up."""
+
+    centre: Float[np.ndarray, "3"]
+    scale: float
+
+    def to_world(self, points: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 3"]:
+        return np.asarray(points, np.float64) / self.scale + self.centre
+
+
+@dataclass(frozen=True)
+class Views:
+    """V pictures of H x W pixels of one subject, cameras in the unit frame.
+
+    images: sRGB in [0, 1], straight alpha. depth: unit-frame distance along the camera's axis, 0 where nothing is; None if the input has
+    none. normals: world axes, unit length, 0 where nothing is; None if the input has none. holdout: views that no fit may use.
+    """
+
+    cameras: list[Camera]
+    images: Float[np.ndarray, "v h w 3"]
+    alpha: Float[np.ndarray, "v h w"]
+    depth: Float[np.ndarray, "v h w"] | None
+    normals: Float[np.ndarray, "v h w 3"] | None
+    holdout: Bool[np.ndarray, "v"]
+    frame: Frame
+
+    def __len__(self) -> int:
+        return len(self.cameras)
+
+    def subset(self, chosen: Bool[np.ndarray, "v"]) -> Views:
+        """The views where `chosen` is true."""
+        return Views(
+            [camera for camera, keep in zip(self.cameras, chosen, strict=True) if keep],
+            self.images[chosen],
+            self.alpha[chosen],
+            None if self.depth is None else self.depth[chosen],
+            None if self.normals is None else self.normals[chosen],
+            self.holdout[chosen],
+            self.frame,
+        )
+
+    @property
+    def for_fitting(self) -> Views:
+        return self.subset(~self.holdout)
+
+    @property
+    def for_scoring(self) -> Views:
+        return self.subset(self.holdout)
+
+    def on_black(self) -> Float[np.ndarray, "v h w 3"]:
+        """The pictures composed on black: what PSNR is measured on."""
+        return self.images * self.alpha[..., None]
+
+
+def load(folder: Path) -> Views:
+    """The views of `folder/transforms.json`, or `KilnError("bad-input")` that names the file and what is wrong with it."""
+    table = _read_table(folder)
+    cameras, images, alphas, depths, normals, holdout = [], [], [], [], [], []
+    for number, frame in enumerate(table["frames"]):
+        where = f"View {number} ({frame.get('file_path', 'no file_path')})"
+        image, alpha = _read_image(folder, frame, where)
+        cameras.append(_camera({**table, **frame}, image.shape[1], image.shape[0], where))
+        images.append(image)
+        alphas.append(alpha)
+        if "geometry_file_path" in frame:
+            depth, normal = _read_geometry(folder, frame, image.shape[:2], where)
+            depths.append(depth)
+            normals.append(normal)
+        holdout.append(frame.get("split", "train") != "train")
+        if image.shape != images[0].shape:
+            raise KilnError("bad-input", f"{where} has another size than view 0.", "Render all views at one size.")
+    if sum(not held for held in holdout) < 3:
+        raise KilnError("bad-input", f"{len(images)} views are too few.", "Give at least 3 views from different sides, 16 or more for a good result.")
+    coverage = np.array([float(alpha.mean()) for alpha in alphas])
+    if coverage.max() < 1e-5:
+        raise KilnError("bad-input", "All views are empty: alpha is 0 everywhere.", "Check that the object is visible in renders.")
+    if all(float(alpha.min()) > 0.99 for alpha in alphas):
+        raise KilnError(
+            "bad-input",
+            "The pictures have no alpha: nothing tells the subject from the background.",
+            "Save RGBA PNGs with a transparent background (in Blender: Render > Film > Transparent), or cut the subject out first.",
+        )
+    frame = _unit_frame(cameras)
+    has_geometry = len(depths) == len(images)
+    return Views(
+        cameras=[camera.moved(frame.centre, frame.scale) for camera in cameras],
+        images=np.stack(images),
+        alpha=np.stack(alphas),
+        depth=np.stack(depths) * np.float32(frame.scale) if has_geometry else None,
+        normals=np.stack(normals) if has_geometry else None,
+        holdout=np.array(holdout),
+        frame=frame,
+    )
+
+
+def _read_table(folder: Path) -> dict:
+    path = folder / "transforms.json"
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise KilnError("bad-input", f"There is no transforms.json in {folder.name}.", "Give a folder of views with their cameras.") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise KilnError("bad-input", f"transforms.json is not valid JSON: {error}.", "Write the file again.") from None
+    if not isinstance(table, dict) or not isinstance(table.get("frames"), list) or not all(isinstance(f, dict) for f in table["frames"]):
+        raise KilnError("bad-input", "transforms.json has no list of frames.", "It needs a 'frames' list with one entry a view.")
+    if len(table["frames"]) > MOST_VIEWS:
+        raise KilnError("bad-input", f"{len(table['frames'])} views are too many.", f"At most {MOST_VIEWS}.")
+    return table
+
+
+def _inside(folder: Path, name: object, where: str) -> Path:
+    path = (folder / str(name)).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise KilnError("bad-input", f"{where} names a file outside its folder.", "Use paths relative to transforms.json.")
+    return path
+
+
+def _read_image(folder: Path, frame: dict, where: str) -> tuple[np.ndarray, np.ndarray]:
+    path = _inside(folder, frame.get("file_path", ""), where)
+    if not path.suffix:
+        path = path.with_suffix(".png")  # the original NeRF scenes leave it out
+    try:
+        with Image.open(path) as picture:
+            if max(picture.size) > LARGEST_SIDE:
+                raise KilnError("bad-input", f"{where} is {picture.width} x {picture.height} pixels.", f"At most {LARGEST_SIDE} a side.")
+            pixels = np.asarray(picture.convert("RGBA"), np.float32) / np.float32(255)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise KilnError("bad-input", f"{where} cannot be read: {error}.", "Save it again as PNG.") from None
+    return np.ascontiguousarray(pixels[..., :3]), np.ascontiguousarray(pixels[..., 3])
+
+
+def _read_geometry(folder: Path, frame: dict, shape: tuple[int, int], where: str) -> tuple[np.ndarray, np.ndarray]:
+    path = _inside(folder, frame["geometry_file_path"], where)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            depth, normal = arrays["depth"].astype(np.float32), arrays["normal"].astype(np.float32)
+    except (OSError, ValueError, KeyError) as error:
+        raise KilnError("bad-input", f"{where}: its depth and normals cannot be read: {error}.", "Capture the views again.") from None
+    if depth.shape != shape or normal.shape != (*shape, 3) or not np.isfinite(depth).all() or not np.isfinite(normal).all():
+        raise KilnError("bad-input", f"{where}: its depth or normals have a wrong shape or values.", "Capture the views again.")
+    return depth, normal
+
+
+def _camera(entry: dict, width: int, height: int, where: str) -> Camera:
+    try:
+        matrix = np.array(entry["transform_matrix"], np.float64)
+        focal = 0.5 * width / np.tan(0.5 * float(entry["camera_angle_x"])) if "fl_x" not in entry else float(entry["fl_x"])
+        fx, fy = focal, float(entry.get("fl_y", focal))
+        cx, cy = float(entry.get("cx", width / 2)), float(entry.get("cy", height / 2))
+    except (KeyError, TypeError, ValueError) as error:
+        raise KilnError("bad-input", f"{where} has no usable camera: {error}.", "Each frame needs transform_matrix, and fl_x or camera_angle_x.") from None
+    rotation = matrix[:3, :3] if matrix.shape == (4, 4) else np.zeros((3, 3))
+    usable = np.isfinite(matrix).all() and np.isfinite([fx, fy, cx, cy]).all() and fx > 0 and fy > 0
+    if not usable or not np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-3):
+        raise KilnError("bad-input", f"{where}: its transform_matrix is not a rotation and a place.", "Write camera-to-world matrices without scale.")
+    scale_x, scale_y = width / float(entry.get("w", width)), height / float(entry.get("h", height))
+    left, _, right = np.linalg.svd(rotation)  # JSON rounds; camera matrices are inverted by transposing
+    matrix[:3, :3] = left @ right
+    camera = Camera(width, height, fx * scale_x, fy * scale_y, cx * scale_x, cy * scale_y, np.eye(4))
+    world_from_camera = matrix @ OPENCV_FROM_OPENGL
+    inverse = np.eye(4)
+    inverse[:3, :3], inverse[:3, 3] = world_from_camera[:3, :3].T, -world_from_camera[:3, :3].T @ world_from_camera[:3, 3]
+    return Camera(width, height, camera.fx, camera.fy, camera.cx, camera.cy, inverse)
+
+
+def _unit_frame(cameras: list[Camera]) -> Frame:
+    """The sphere that all cameras see whole: centre nearest to all optical axes, radius up to the narrowest frustum's side."""
+    axes = np.stack([camera.world_from_camera[:3, 2] for camera in cameras])
+    eyes = np.stack([camera.centre for camera in cameras])
+    across = np.eye(3) - axes[:, :, None] * axes[:, None, :]
+    system = across.sum(0)
+    if np.linalg.eigvalsh(system)[0] < 1e-6 * len(cameras):
+        raise KilnError("bad-input", "All cameras look in one direction.", "Give views from different sides of the subject.")
+    centre = np.linalg.solve(system, (across @ eyes[:, :, None]).sum(0)[:, 0])
+    radius = np.inf
+    for camera, eye in zip(cameras, eyes, strict=True):
+        half = min(camera.width / camera.fx, camera.height / camera.fy) / 2
+        radius = min(radius, float(np.linalg.norm(eye - centre)) * half / np.hypot(1.0, half))
+    if not radius > 0:
+        raise KilnError("bad-input", "The cameras do not stand around one subject.", "Let every camera look at the subject from outside.")
+    return Frame(centre, 1.0 / radius)

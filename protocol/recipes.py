@@ -1,0 +1,211 @@
+"""What a user can ask for: one frozen dataclass a recipe, from which the panel, the command line, the backend's checks and the
+reference table are all made.
+
+A recipe is a dataclass of groups (`capture`, `fit`, ...), each a dataclass of parameters. On the wire, in the panel and on the command
+line a parameter has one flat name, `group.parameter` (`--fit-iterations` as a flag). Adding a recipe: a dataclass here, a function in
+`backend/pipelines/`, a line in `RECIPES`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from .errors import KilnError
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One control: everything that a panel, a command line or a check needs to know of it."""
+
+    name: str  # flat: "fit.iterations"
+    type: type  # bool, int, float or str
+    default: Any
+    help: str  # one sentence
+    low: float | None = None
+    high: float | None = None
+    unit: str = ""  # "px", "deg", "" where it is a plain count or ratio
+    options: tuple[tuple[str, str], ...] = ()  # (value, what it means), for a choice
+    advanced: bool = False  # shown in a closed sub-panel
+
+    @property
+    def group(self) -> str:
+        return self.name.partition(".")[0]
+
+    @property
+    def label(self) -> str:
+        return self.name.rpartition(".")[2].replace("_", " ").capitalize()
+
+    def check(self, value: Any) -> Any:
+        """The value in this parameter's type, or a `KilnError` that names the parameter, the value and what is allowed."""
+        if self.type is bool:
+            if isinstance(value, bool):
+                return value
+            raise self._refuse(value, "true or false")
+        if self.options:
+            names = [name for name, _ in self.options]
+            if value in names:
+                return value
+            raise self._refuse(value, "one of " + ", ".join(names))
+        unit = f" {self.unit}" if self.unit else ""
+        kind = "a whole number" if self.type is int else "a number"
+        allowed = f"{kind} from {self.low:g} to {self.high:g}{unit}"
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise self._refuse(value, allowed)
+        if self.type is int and value != int(value) or not self.low <= value <= self.high:
+            raise self._refuse(value, allowed)
+        return self.type(value)
+
+    def _refuse(self, value: Any, allowed: str) -> KilnError:
+        return KilnError("bad-parameter", f"{self.name} cannot be {value!r}.", f"Allowed: {allowed}.")
+
+
+def _number(default, low, high, help, unit="", advanced=False):
+    return field(default=default, metadata=dict(help=help, low=low, high=high, unit=unit, advanced=advanced))
+
+
+def _choice(default, options, help, advanced=False):
+    return field(default=default, metadata=dict(help=help, options=tuple(options.items()), advanced=advanced))
+
+
+def _flag(default, help, advanced=False):
+    return field(default=default, metadata=dict(help=help, advanced=advanced))
+
+
+@dataclass(frozen=True)
+class Capture:
+    """How the extension renders the subject. The backend records it and does not use it."""
+
+    views: int = _number(24, 4, 200, "Cameras around the subject, on three rings and the poles.")
+    size: int = _number(512, 64, 4096, "Width and height of each view.", "px")
+    color: str = _choice(
+        "base_color",
+        {
+            "base_color": "The material's own colour, without light: the asset can be relit",
+            "cycles": "As Cycles renders it in the scene's light",
+            "eevee": "As EEVEE renders it in the scene's light",
+        },
+        "What the views show.",
+    )
+    samples: int = _number(16, 1, 4096, "Render samples a pixel.", advanced=True)
+    geometry: bool = _flag(True, "Render exact depth and normals beside the colour.", advanced=True)
+    holdout: int = _number(6, 0, 50, "Extra views kept out of the fit, to score the result.", advanced=True)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Splats from views. Rates and weights follow 3D Gaussian Splatting (Kerbl et al. 2023, section 5 and its published code), raised
+    for short fits of one object."""
+
+    splats: int = _number(20_000, 500, 2_000_000, "Gaussians in the finished model, at most.")
+    iterations: int = _number(1000, 50, 100_000, "Optimisation steps, one view each.")
+    sh_degree: int = _number(0, 0, 3, "Degree of the colour's change with the viewing direction; 0 for unlit colour.")
+    device: str = _choice(
+        "auto", {"auto": "The GPU where gsplat runs, else the CPU", "cpu": "The CPU", "cuda": "An NVIDIA GPU"}, "Where the fit runs.", True
+    )
+    ssim_weight: float = _number(0.2, 0.0, 1.0, "Share of structural similarity in the colour loss; the rest is L1.", advanced=True)
+    alpha_weight: float = _number(0.5, 0.0, 100.0, "Weight of the silhouette's L1 loss.", advanced=True)
+    depth_weight: float = _number(0.5, 0.0, 100.0, "Weight of the depth's L1 loss, where views have depth.", advanced=True)
+    random_background: bool = _flag(True, "Compose each step on another plain colour, so that no splat imitates the background.", True)
+
+
+@dataclass(frozen=True)
+class Surface:
+    """A closed mesh from splats: visibility decides inside and outside, splats and depth place the surface, marching cubes."""
+
+    grid: int = _number(160, 32, 512, "Cells along the longest side of the marching-cubes grid.")
+    faces: int = _number(20_000, 100, 2_000_000, "Triangles of the finished mesh, at most.")
+    smoothing: int = _number(10, 0, 200, "Taubin smoothing passes; they do not shrink the object.", advanced=True)
+    smallest_piece: float = _number(
+        0.001, 0.0, 1.0, "Pieces with a smaller share of the whole area are removed as floaters.", advanced=True
+    )
+
+
+@dataclass(frozen=True)
+class Texture:
+    """UV charts and the colour baked into them from the views."""
+
+    size: int = _number(1024, 64, 8192, "Width and height of the texture.", "px")
+    padding: int = _number(4, 0, 64, "Pixels of colour around each chart, against seams at a distance.", "px", True)
+
+
+@dataclass(frozen=True)
+class Reconstruct:
+    """Renders of an object -> splats -> surface -> textured mesh."""
+
+    NAME: ClassVar[str] = "reconstruct"
+    TITLE: ClassVar[str] = "Reconstruct"
+    INPUT: ClassVar[str] = "views"  # what a job of this recipe uploads; SPEC.md says which files
+    WEIGHTS: ClassVar[tuple[str, ...]] = ()
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "draft": {
+            "capture.views": 16, "capture.size": 256, "fit.splats": 8000, "fit.iterations": 300,
+            "surface.grid": 96, "surface.faces": 5000, "texture.size": 512,
+        },
+        "standard": {},
+        "high": {
+            "capture.views": 48, "capture.size": 1024, "fit.splats": 60_000, "fit.iterations": 3000,
+            "surface.grid": 256, "surface.faces": 80_000, "texture.size": 2048,
+        },
+    }  # fmt: skip
+
+    capture: Capture = Capture()
+    fit: Fit = Fit()
+    surface: Surface = Surface()
+    texture: Texture = Texture()
+    seed: int = _number(0, 0, 2**31 - 1, "Start of every random draw: same seed, same device, same result.", advanced=True)
+
+
+RECIPES: dict[str, type] = {recipe.NAME: recipe for recipe in (Reconstruct,)}
+
+
+def recipe_named(name: str) -> type:
+    """The recipe class called `name`, or a `KilnError` that lists the recipes."""
+    if name not in RECIPES:
+        raise KilnError("bad-recipe", f"There is no recipe {name!r}.", f"Recipes: {', '.join(RECIPES)}.")
+    return RECIPES[name]
+
+
+def parameters(recipe: type) -> list[Parameter]:
+    """Every parameter of a recipe class, in the order of its definition, under its flat name."""
+    found = []
+    for entry in dataclasses.fields(recipe):
+        if dataclasses.is_dataclass(entry.default):
+            found += [_parameter(f"{entry.name}.{inner.name}", inner) for inner in dataclasses.fields(entry.default)]
+        else:
+            found.append(_parameter(entry.name, entry))
+    return found
+
+
+def _parameter(name: str, entry: dataclasses.Field) -> Parameter:
+    return Parameter(name=name, type=type(entry.default), default=entry.default, **entry.metadata)
+
+
+def make(name: str, values: dict[str, Any] | None = None, preset: str = "standard"):
+    """A recipe instance from flat values over a preset. Unknown names and bad values raise `KilnError("bad-parameter")`."""
+    recipe = recipe_named(name)
+    if preset not in recipe.PRESETS:
+        raise KilnError("bad-parameter", f"{name} has no preset {preset!r}.", f"Presets: {', '.join(recipe.PRESETS)}.")
+    known = {p.name: p for p in parameters(recipe)}
+    chosen = {**recipe.PRESETS[preset], **(values or {})}
+    for given in chosen:
+        if given not in known:
+            raise KilnError("bad-parameter", f"{name} has no parameter {given!r}.", f"Parameters: {', '.join(known)}.")
+    groups: dict[str, Any] = {}
+    for flat_name, value in chosen.items():
+        group, _, inner = flat_name.rpartition(".")
+        groups.setdefault(group, {})[inner] = known[flat_name].check(value)
+    top = groups.pop("", {})
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(recipe)}
+    return recipe(**top, **{group: dataclasses.replace(defaults[group], **inner) for group, inner in groups.items()})
+
+
+def values(recipe: Any) -> dict[str, Any]:
+    """The flat values of a recipe instance: what goes over the wire, into reports and into an asset's provenance."""
+    found = {}
+    for parameter in parameters(type(recipe)):
+        owner = getattr(recipe, parameter.group) if "." in parameter.name else recipe
+        found[parameter.name] = getattr(owner, parameter.name.rpartition(".")[2])
+    return found
