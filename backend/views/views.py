@@ -7,6 +7,8 @@ cameras see together is the unit sphere. `Frame` takes results back.
 from __future__ import annotations
 
 import json
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -157,10 +159,14 @@ def _read_image(folder: Path, frame: dict, where: str) -> tuple[np.ndarray, np.n
 
 def _read_geometry(folder: Path, frame: dict, shape: tuple[int, int], where: str) -> tuple[np.ndarray, np.ndarray]:
     path = _inside(folder, frame["geometry_file_path"], where)
+    largest = 3 * 8 * shape[0] * shape[1] + 4096  # bytes of three doubles a pixel and a header: what unpacks to more is not geometry
     try:
+        with zipfile.ZipFile(path) as packed:
+            if any(entry.file_size > largest for entry in packed.infolist()):
+                raise ValueError("its arrays are larger than the picture")
         with np.load(path, allow_pickle=False) as arrays:
             depth, normal = arrays["depth"].astype(np.float32), arrays["normal"].astype(np.float32)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise KilnError("bad-input", f"{where}: its depth and normals cannot be read: {error}.", "Capture the views again.") from None
     if depth.shape != shape or normal.shape != (*shape, 3) or not np.isfinite(depth).all() or not np.isfinite(normal).all():
         raise KilnError("bad-input", f"{where}: its depth or normals have a wrong shape or values.", "Capture the views again.")
@@ -182,11 +188,8 @@ def _camera(entry: dict, width: int, height: int, where: str) -> Camera:
     scale_x, scale_y = width / float(entry.get("w", width)), height / float(entry.get("h", height))
     left, _, right = np.linalg.svd(rotation)  # JSON rounds; camera matrices are inverted by transposing
     matrix[:3, :3] = left @ right
-    camera = Camera(width, height, fx * scale_x, fy * scale_y, cx * scale_x, cy * scale_y, np.eye(4))
-    world_from_camera = matrix @ OPENCV_FROM_OPENGL
-    inverse = np.eye(4)
-    inverse[:3, :3], inverse[:3, 3] = world_from_camera[:3, :3].T, -world_from_camera[:3, :3].T @ world_from_camera[:3, 3]
-    return Camera(width, height, camera.fx, camera.fy, camera.cx, camera.cy, inverse)
+    camera_from_world = np.linalg.inv(matrix @ OPENCV_FROM_OPENGL)
+    return Camera(width, height, fx * scale_x, fy * scale_y, cx * scale_x, cy * scale_y, camera_from_world)
 
 
 def _unit_frame(cameras: list[Camera]) -> Frame:

@@ -1,0 +1,83 @@
+"""What a recipe hands over: the files of a finished asset, and the figures and pictures that say how good it is."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from backend.mesh import glb, raster
+from backend.mesh.measure import psnr
+from backend.mesh.mesh import TexturedMesh
+from backend.progress import Progress, silent
+from backend.splats import ply
+from backend.splats.model import Splats
+from backend.splats.render import render
+from backend.views.views import Frame, Views
+
+SHOWN = 6  # columns of the comparison picture
+PAPER = np.array([0.22, 0.22, 0.22], np.float32)  # behind the subject in pictures for people
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Figures and a picture of a result. `figures` is documented in SPEC.md, "report.json"."""
+
+    figures: dict[str, Any]
+    comparison: UInt8[np.ndarray, "h w 3"]  # rows: views, splats, mesh
+
+
+@dataclass(frozen=True)
+class Asset:
+    mesh: TexturedMesh
+    splats: Splats
+    frame: Frame
+    scores: Scores
+    report: dict[str, Any]
+
+    def save(self, folder: Path) -> None:
+        """mesh.glb (metres, Y up), splats.ply (3DGS layout, metres, Z up), report.json, comparison.png: every result of the job."""
+        glb.save(folder / "mesh.glb", self.mesh, self.frame, "mesh")
+        ply.save(folder / "splats.ply", self.splats, self.frame)
+        Image.fromarray(self.scores.comparison).save(folder / "comparison.png")
+        report = {**self.report, **self.scores.figures}
+        (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+
+
+def measure(mesh: TexturedMesh, splats: Splats, views: Views, progress: Progress = silent) -> Scores:
+    """Renders splats and mesh from the held-out cameras and compares.
+
+    PSNR is the mean over held-out views of each view's PSNR, whole image, sRGB values, on black (and on white). Without held-out views
+    the figures are null and the comparison shows views that the fit has seen.
+    """
+    scored = views.for_scoring if views.holdout.any() else views.subset(np.arange(len(views)) < SHOWN)
+    rows: dict[str, list[np.ndarray]] = {"views": [], "splats": [], "mesh": []}
+    errors: dict[str, list[float]] = {"splats_psnr": [], "splats_psnr_white": [], "mesh_psnr": [], "mesh_psnr_white": []}
+    for index, camera in enumerate(scored.cameras):
+        progress(index / len(scored), f"view {index + 1} of {len(scored)}")
+        truth, alpha = scored.on_black()[index], scored.alpha[index]
+        splatted = render(splats, camera)
+        mesh_color, mesh_alpha = raster.render(mesh, camera)
+        for name, color, cover in (("splats", splatted.color, splatted.alpha), ("mesh", mesh_color, mesh_alpha)):
+            errors[f"{name}_psnr"].append(psnr(color, truth))
+            errors[f"{name}_psnr_white"].append(psnr(color + (1 - cover[..., None]), truth + (1 - alpha[..., None])))
+            rows[name].append(color + PAPER * (1 - cover[..., None]))
+        rows["views"].append(truth + PAPER * (1 - alpha[..., None]))
+    figures: dict[str, Any] = {
+        "views": int((~views.holdout).sum()),
+        "holdout_views": int(views.holdout.sum()),
+        "splats": len(splats),
+        "faces": len(mesh.faces),
+        **{name: round(float(np.mean(values)), 3) if views.holdout.any() else None for name, values in errors.items()},
+    }
+    return Scores(figures, _sheet([row[:SHOWN] for row in rows.values()]))
+
+
+def _sheet(rows: list[list[Float[np.ndarray, "h w 3"]]]) -> UInt8[np.ndarray, "h w 3"]:
+    picture = np.concatenate([np.concatenate(row, 1) for row in rows], 0)
+    return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
