@@ -1,0 +1,94 @@
+"""From marching cubes' triangles to a mesh an artist keeps: no floaters, no inner walls, smooth, few faces, closed."""
+
+from __future__ import annotations
+
+import fast_simplification
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from scipy.sparse import coo_matrix, diags
+from scipy.sparse.csgraph import connected_components
+
+from backend.mesh import raster
+from backend.mesh.mesh import Mesh
+from backend.progress import Progress, silent
+from backend.views.cameras import look_at
+from protocol import recipes
+
+TAUBIN = (0.5, -0.53)  # Taubin 1995: a shrinking and a growing pass, pass band 0.11
+WITNESSES = 48  # outside cameras that decide whether a piece can be seen
+
+
+def clean(mesh: Mesh, p: recipes.Surface, progress: Progress = silent) -> Mesh:
+    """Real pieces only, smoothed without shrinking, at most p.faces triangles, every edge between two faces."""
+    progress(0.0, "Removing floaters")
+    mesh = drop_pieces(mesh, p.smallest_piece)
+    progress(0.2, "Smoothing")
+    mesh = smooth(mesh, p.smoothing)
+    progress(0.4, "Decimating")
+    return decimate(mesh, p.faces)
+
+
+def pieces(mesh: Mesh) -> Int[np.ndarray, "f"]:
+    """The number of the connected piece that each face belongs to."""
+    a, b = mesh.faces[:, [0, 1, 2]].ravel(), mesh.faces[:, [1, 2, 0]].ravel()
+    graph = coo_matrix((np.ones(len(a), np.int8), (a, b)), shape=(len(mesh.vertices),) * 2)
+    return connected_components(graph, directed=False)[1][mesh.faces[:, 0]]
+
+
+def drop_pieces(mesh: Mesh, smallest_share: float) -> Mesh:
+    """Without pieces below a share of the whole area, hollows turned inside out, and pieces that no camera outside sees."""
+    piece = pieces(mesh)
+    corners = mesh.vertices.astype(np.float64)[mesh.faces]
+    cross = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
+    count = piece.max() + 1
+    area = np.bincount(piece, np.linalg.norm(cross, axis=1) / 2, count)
+    volume = np.bincount(piece, (corners[:, 0] * cross).sum(1) / 6, count)
+    keep = (area >= smallest_share * area.sum()) & (volume > 0)
+    keep[np.argmax(area)] = True
+    if keep.sum() > 1:
+        keep &= np.bincount(piece, visible(mesh, WITNESSES, 384), count) > 0
+    return subset(mesh, keep[piece])
+
+
+def visible(mesh: Mesh, cameras: int, size: int) -> Bool[np.ndarray, "f"]:
+    """The faces that hold the nearest point of some pixel in `cameras` pictures from all around."""
+    low, high = mesh.vertices.min(0).astype(np.float64), mesh.vertices.max(0).astype(np.float64)
+    centre, radius = (low + high) / 2, float(np.linalg.norm(high - low)) / 2
+    seen = np.zeros(len(mesh.faces), bool)
+    k = np.arange(cameras) + 0.5
+    height, turn = 1 - 2 * k / cameras, np.pi * (1 + 5**0.5) * k  # the golden spiral
+    ring = np.sqrt(1 - height**2)
+    for direction in np.stack([ring * np.cos(turn), ring * np.sin(turn), height], 1):
+        camera = look_at(centre + direction * radius * 4, centre, size, 2 * np.arcsin(1 / 4) * 1.02)
+        triangle = raster.depth(mesh, camera)[1]
+        seen[triangle[triangle >= 0]] = True
+    return seen
+
+
+def subset(mesh: Mesh, faces: Bool[np.ndarray, "f"]) -> Mesh:
+    """The chosen faces and the vertices that they use."""
+    used, index = np.unique(mesh.faces[faces], return_inverse=True)
+    return Mesh(mesh.vertices[used], index.reshape(-1, 3).astype(np.int32))
+
+
+def smooth(mesh: Mesh, passes: int) -> Mesh:
+    """Taubin's lambda-mu smoothing with uniform weights: a low-pass filter that keeps the volume."""
+    if passes == 0:
+        return mesh
+    count = len(mesh.vertices)
+    a, b = mesh.faces[:, [0, 1, 2]].ravel(), mesh.faces[:, [1, 2, 0]].ravel()
+    graph = coo_matrix((np.ones(2 * len(a)), (np.r_[a, b], np.r_[b, a])), shape=(count, count)).tocsr()
+    graph.data[:] = 1
+    mean = diags(1 / np.maximum(graph.getnnz(1), 1)) @ graph
+    points = mesh.vertices.astype(np.float64)
+    for _ in range(passes):
+        for step in TAUBIN:
+            points = points + step * (mean @ points - points)
+    return Mesh(points.astype(np.float32), mesh.faces)
+
+
+def decimate(mesh: Mesh, faces: int) -> Mesh:
+    if len(mesh.faces) <= faces:
+        return mesh
+    v, f = fast_simplification.simplify(mesh.vertices, mesh.faces, target_count=faces, agg=5)
+    return Mesh(v.astype(np.float32), f.astype(np.int32))

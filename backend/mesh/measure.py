@@ -1,0 +1,100 @@
+"""How good a result is: PSNR of pictures, and scores of a mesh against its source on the surface that can be seen from outside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import trimesh
+from jaxtyping import Float
+from scipy.spatial import cKDTree
+
+from backend.mesh import raster
+from backend.mesh.mesh import Mesh
+from backend.views.cameras import look_at
+from protocol.errors import KilnError
+
+SAMPLES = 200_000  # surface points a mesh
+CAMERAS = 100  # around the mesh; what none of them sees counts as hidden
+PIXELS = 512
+
+
+def psnr(a: Float[np.ndarray, "h w 3"], b: Float[np.ndarray, "h w 3"]) -> float:
+    """Peak signal-to-noise ratio in dB over all pixels and channels, peak 1; infinite for equal pictures."""
+    error = float(np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2))
+    return float("inf") if error == 0 else float(-10 * np.log10(error))
+
+
+def score(mesh_path: Path | str, source_path: Path | str) -> dict[str, float | int | bool]:
+    """Scores of a mesh file against its source file, both in one frame and scale.
+
+    f1, f05: F-score of points within 1 % and 0.5 % of the source's bounding-box diagonal; precision05, recall05: its two parts; chamfer: mean
+    of the two mean distances over the diagonal; hidden, source_hidden: share of the area that no camera outside sees; watertight: every edge
+    between two faces once seam vertices are merged; bounds_error: largest difference of the bounding boxes over the diagonal.
+    """
+    result, source = _load(mesh_path), _load(source_path)
+    diagonal = float(np.linalg.norm(source.extents))
+    of_source, source_hidden = _visible_points(source)
+    of_result, hidden = _visible_points(result)
+    to_source = cKDTree(of_source).query(of_result, workers=-1)[0] / diagonal
+    to_result = cKDTree(of_result).query(of_source, workers=-1)[0] / diagonal
+
+    def f_score(reach: float) -> float:
+        precision, recall = float((to_source < reach).mean()), float((to_result < reach).mean())
+        return 2 * precision * recall / max(precision + recall, 1e-9)
+
+    return {
+        "f1": f_score(0.01),
+        "f05": f_score(0.005),
+        "chamfer": float(to_source.mean() + to_result.mean()) / 2,
+        "precision05": float((to_source < 0.005).mean()),
+        "recall05": float((to_result < 0.005).mean()),
+        "watertight": bool(result.is_watertight),
+        "hidden": hidden,
+        "source_hidden": source_hidden,
+        "faces": len(result.faces),
+        "bounds_error": float(np.abs(result.bounds - source.bounds).max()) / diagonal,
+    }
+
+
+def _load(path: Path | str) -> trimesh.Trimesh:
+    try:
+        mesh = trimesh.load(path, force="mesh", process=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise KilnError("bad-input", f"{Path(path).name} cannot be read as a mesh: {error}.", "Give a GLB, OBJ, PLY or STL file.") from None
+    if len(mesh.faces) == 0:
+        raise KilnError("bad-input", f"{Path(path).name} has no faces.", "Give a file with a mesh in it.")
+    mesh.merge_vertices(merge_tex=True, merge_norm=True)
+    return mesh
+
+
+def _visible_points(mesh: trimesh.Trimesh) -> tuple[Float[np.ndarray, "n 3"], float]:
+    """Points spread evenly over the area that some camera around the mesh sees, and the share of the area that none sees.
+
+    The sampling is stratified: one random place in every 1 / SAMPLES of the area, from a fixed seed.
+    """
+    corners = np.asarray(mesh.vertices)[mesh.faces]
+    area = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1)
+    random = np.random.default_rng(0)
+    along = (np.arange(SAMPLES) + random.random(SAMPLES)) / SAMPLES * area.sum()
+    face = np.minimum(np.searchsorted(np.cumsum(area), along), len(area) - 1)
+    root, share = np.sqrt(random.random(SAMPLES))[:, None], random.random(SAMPLES)[:, None]
+    a, b, c = corners[face, 0], corners[face, 1], corners[face, 2]
+    points = a * (1 - root) + b * root * (1 - share) + c * root * share
+
+    centre, radius = mesh.bounds.mean(0), float(np.linalg.norm(mesh.extents)) / 2
+    unit = Mesh(((mesh.vertices - centre) / radius).astype(np.float32), np.asarray(mesh.faces, np.int32))
+    places = (points - centre) / radius
+    seen = np.zeros(SAMPLES, bool)
+    k = np.arange(CAMERAS) + 0.5
+    height, turn = 1 - 2 * k / CAMERAS, np.pi * (1 + 5**0.5) * k  # the golden spiral
+    ring = np.sqrt(1 - height**2)
+    distance = 50.0  # radii: nearly parallel rays
+    for direction in np.stack([ring * np.cos(turn), ring * np.sin(turn), height], 1):
+        camera = look_at(direction * distance, (0, 0, 0), PIXELS, 2 * np.arcsin(1.02 / distance))
+        depth = raster.depth(unit, camera)[0]
+        depth[depth == 0] = np.inf
+        screen, z = camera.project(places)
+        column, row = np.clip(screen.astype(int), 0, PIXELS - 1).T
+        seen |= z <= depth[row, column] + 8 / PIXELS  # two pixels' slack in depth on a slope of 60 degrees
+    return points[seen], 1 - float(seen.mean())
