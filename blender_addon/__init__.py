@@ -1,0 +1,17 @@
+"""Kiln in Blender: renders a selected object, has the backend make an asset of it, and brings that back. `api.py` is the door for scripts."""
+
+from . import api, operators, panel, preferences, properties, session
+
+PARTS = (properties, preferences, session, operators, panel)
+
+__all__ = ["api", "register", "unregister"]
+
+
+def register():
+    for part in PARTS:
+        part.register()
+
+
+def unregister():
+    for part in reversed(PARTS):
+        part.unregister()

@@ -1,0 +1,372 @@
+"""The one thread that talks to the backend, and the watch over the backend's process. Knows no bpy.
+
+The thread contract. `Link` owns the only client and with it the only socket. The main thread gives it orders (`ask`) made of plain values and
+reads what it tells from one queue (`told`), also plain values:
+
+    {"kind": "backend", "state": ..., "text": ..., "error": ..., "hello": ...}     what the backend is doing, whenever that changes
+    {"kind": "jobs", "jobs": [...]}                                              every job, after each (re)connection
+    {"kind": "job", "job": {...}}                                                one job that changed state
+    {"kind": "event", "event": {...}}                                            stage, progress, log
+    {"kind": "preview", "job": id, "path": file}                                 a new picture of a job
+    {"kind": "transfer", "ticket": n, "fraction": f}                             how far an upload or a download is
+    {"kind": "answer", "ticket": n, "order": name, "result": ..., "error": ...}  exactly one for each order
+
+Backend states: missing (not set up) · stopped · starting · running · unreachable (a remote one does not answer) · failed (gave up restarting).
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from .protocol import client, connection
+from .protocol.errors import KilnError
+
+RESTART_AFTER = (0.5, 2.0, 5.0, 15.0)  # seconds before each new attempt to keep a backend up that died; then it stays down and says why
+STEADY = 120.0  # seconds that a backend has to run before earlier deaths are forgotten
+START_TIME = 60.0  # seconds a starting backend may take to answer: a cold disk and a virus scanner are slow, a healthy one needs one second
+LOOK_AGAIN = 2.0  # seconds between looks for a backend that somebody else started
+LISTEN = 0.1  # seconds of listening for events between two looks at the orders
+LOG_TAIL = 40  # lines of the backend's log shown with an error
+STOPPED = KilnError("backend-stopped", "The backend is stopped.", "Press Start in the Kiln tab.")
+FINAL = ("done", "failed", "cancelled")
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which backend to talk to."""
+
+    remote: Path | None = None  # connection file of a backend on another machine; None: this machine's
+    python: Path | None = None  # Python of this machine's backend environment; None: not set up
+    pythonpath: str = ""  # where that Python finds the backend's source, when it is not installed in it
+    log: Path = Path("backend.log")
+
+
+class Link(threading.Thread):
+    """Connects, obeys orders, listens; starts and restarts the local backend while it is wanted."""
+
+    def __init__(self, where: Where, pictures: Path):
+        super().__init__(name="Kiln client", daemon=True)
+        self.told: queue.SimpleQueue = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue = queue.SimpleQueue()
+        self._tickets = itertools.count(1)
+        self._where = where
+        self._pictures = pictures  # previews are written here, for Blender to load
+        self._closing = threading.Event()
+        self._waiting: list[tuple[int, str, dict]] = []  # orders held until the backend answers
+        self._client: client.Client | None = None
+        self._process: subprocess.Popen | None = None
+        self._wanted = False  # somebody asked for a running backend
+        self._deaths = 0
+        self._started_at = 0.0
+        self._next_look = 0.0
+        self._state: dict = {}
+        self._active: set[str] = set()  # jobs that are not finished: they are why a dead backend is started again
+
+    # Called from the main thread
+
+    def ask(self, order: str, **values) -> int:
+        """Gives an order; the answer comes through `told` under the returned ticket."""
+        ticket = next(self._tickets)
+        self._orders.put((ticket, order, values))
+        return ticket
+
+    def close(self, stop_backend: bool = False, timeout: float = 3.0) -> None:
+        """Ends the thread. The backend goes on until its queue is empty, unless it is told to stop."""
+        if stop_backend:
+            self._orders.put((0, "stop", {}))
+        self._closing.set()
+        self._orders.put((0, "wake", {}))
+        if self.is_alive():
+            self.join(timeout)
+
+    # The thread
+
+    def run(self) -> None:
+        while not self._closing.is_set():
+            try:
+                if self._client is None:
+                    self._reach()
+                self._obey()
+                if self._client is not None:
+                    self._listen()
+            except KilnError as error:
+                self._lose(error)
+            except Exception as error:  # a fault of ours: shown like any other, and the thread stays alive
+                traceback.print_exc()
+                self._lose(KilnError("internal", f"Kiln's link to the backend failed: {error!r}.", traceback.format_exc(limit=3)))
+        if self._client is not None:
+            try:
+                self._obey()
+            except KilnError:
+                pass  # the last order is to stop a backend that is gone already
+            self._client.close()
+
+    def _tell(self, kind: str, **values) -> None:
+        self.told.put({"kind": kind, **values})
+
+    def _tell_state(self, state: str, text: str = "", error: KilnError | None = None, hello: dict | None = None) -> None:
+        now = dict(state=state, text=text, error=error.to_wire() if error else None, hello=hello, remote=self._where.remote is not None)
+        if now != self._state:
+            self._state = now
+            self._tell("backend", **now)
+
+    # Reaching a backend
+
+    def _reach(self) -> None:
+        """One look for a backend; starts the local one when it is wanted."""
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + (0.1 if self._process else LOOK_AGAIN)
+        path = self._where.remote or connection.default_path()
+        failure = None
+        if path.is_file() and (self._where.remote or self._alive(path)):
+            try:
+                self._connect(path)
+                return
+            except KilnError as error:
+                failure = error
+        elif self._where.remote:
+            failure = KilnError("no-connection-file", f"There is no file {path}.", "Copy the backend's connection file to this place.")
+        if self._where.remote:
+            self._give_up("unreachable", failure)
+        elif failure and failure.code == "bad-version":
+            self._give_up("failed", failure)
+        elif self._process is not None:
+            self._watch_start()
+        elif self._where.python is None:
+            self._give_up("missing", KilnError("no-backend", "Kiln's backend is not set up.", "Press Set Up Backend in the Kiln tab."))
+        elif self._wanted and self._deaths <= len(RESTART_AFTER):
+            self._start()
+        elif self._state.get("state") != "failed":
+            self._give_up("stopped", STOPPED)
+
+    def _connect(self, path: Path) -> None:
+        made = client.Client(connection.Connection.load(path))
+        try:
+            hello = made.hello()
+            made.subscribe()
+            jobs = made.jobs()
+        except BaseException:
+            made.close()
+            raise
+        self._client = made
+        self._reached_at = time.monotonic()
+        self._active = {job["id"] for job in jobs if job["state"] not in FINAL}
+        self._tell_state("running", hello=hello)
+        self._tell("jobs", jobs=jobs)
+        for job in jobs:
+            self._show_last_preview(job)
+
+    def _show_last_preview(self, job: dict) -> None:
+        if job["state"] in FINAL and job["state"] != "done":
+            return
+        previews = [event for event in self._client.events(job["id"]) if event["kind"] == "preview"]
+        if previews:
+            self._fetch_picture(job["id"], previews[-1]["artifact"])
+
+    def _alive(self, path: Path) -> bool:
+        return True
+
+    def _start(self) -> None:
+        wait = RESTART_AFTER[self._deaths - 1] if self._deaths else 0.0
+        if time.monotonic() < self._started_at + wait:
+            return
+        self._tell_state("starting", "Starting the backend" if not self._deaths else f"Starting the backend again ({self._deaths})")
+        environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONHOME", "PYTHONPATH")}
+        if self._where.pythonpath:
+            environment["PYTHONPATH"] = self._where.pythonpath
+        self._where.log.parent.mkdir(parents=True, exist_ok=True)
+        # On its own feet: no console window, no signals from Blender's terminal, alive after Blender has closed.
+        if sys.platform == "win32":
+            apart = {"creationflags": subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP}
+        else:
+            apart = {"start_new_session": True}
+        with open(self._where.log, "wb") as log:
+            self._process = subprocess.Popen(
+                [str(self._where.python), "-m", "backend.cli", "serve", "--until-idle"],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=str(self._where.log.parent), **apart,
+            )  # fmt: skip
+        self._started_at = time.monotonic()
+
+    def _watch_start(self) -> None:
+        """The process was started and does not answer yet."""
+        status = self._process.poll()
+        if status is None and time.monotonic() < self._started_at + START_TIME:
+            return
+        if status is None:
+            self._process.kill()
+            status = "no answer"
+        self._process = None
+        self._died(f"The backend did not start ({f'exit status {status}' if status != 'no answer' else f'no answer in {START_TIME:g} s'}).")
+
+    def _died(self, message: str) -> None:
+        self._deaths += 1
+        if self._deaths > len(RESTART_AFTER):
+            error = KilnError("backend-died", f"{message} Kiln tried {self._deaths} times.", "See the log below; Repair often helps.")
+            self._wanted = False
+            self._deaths = 0
+            self._give_up("failed", error, log=True)
+        else:
+            self._tell_state("starting", f"{message} Trying again.")
+
+    def _give_up(self, state: str, error: KilnError | None, log: bool = False) -> None:
+        """A state in which orders cannot be obeyed: each waiting one gets the reason."""
+        self._tell_state(state, self.log_tail() if log else "", error)
+        held, self._waiting = self._waiting, []
+        for ticket, order, values in held:
+            self._answer(ticket, order, error=error)
+
+    def log_tail(self) -> str:
+        """The last lines of the local backend's log."""
+        try:
+            return "\n".join(self._where.log.read_text("utf-8", "replace").splitlines()[-LOG_TAIL:])
+        except OSError:
+            return ""
+
+    def _lose(self, error: KilnError) -> None:
+        """The backend stopped answering: what was running there is started again by it, so all we do is to bring it up."""
+        if self._client is not None:
+            self._client.close()
+            self._client = None
+        self._next_look = time.monotonic() + 0.2
+        if self._where.remote:
+            self._give_up("unreachable", error)
+            return
+        if time.monotonic() > self._reached_at + STEADY:
+            self._deaths = 0
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()  # it lives and does not answer: a hang
+            self._process.wait(5)
+        self._process = None
+        self._started_at = time.monotonic()
+        if self._active:
+            self._wanted = True
+        if self._wanted:
+            self._died("The backend ended unexpectedly.")
+        else:
+            self._give_up("stopped", STOPPED)
+
+    # Obeying
+
+    def _obey(self) -> None:
+        """Carries out what was ordered; without a backend, holds what needs one."""
+        wait = 0.0 if self._client is not None else 0.1
+        while True:
+            try:
+                ticket, order, values = self._orders.get(timeout=wait) if wait else self._orders.get_nowait()
+            except queue.Empty:
+                break
+            wait = 0.0
+            if order != "wake":
+                self._waiting.append((ticket, order, values))
+        for held in list(self._waiting):
+            ticket, order, values = held
+            local = getattr(self, f"_local_{order}", None)
+            if local is None and self._client is None:
+                continue
+            self._waiting.remove(held)
+            try:
+                result = (local or getattr(self, f"_order_{order}"))(ticket=ticket, **values)
+            except KilnError as error:
+                self._answer(ticket, order, error=error)
+                if error.code in GONE:
+                    raise
+            except OSError as error:
+                self._answer(ticket, order, error=KilnError("disk", f"{error.strerror or error}: {error.filename or ''}".strip(": ") + ".",
+                                                            "Make room or check the folder's permissions, then try again."))  # fmt: skip
+            else:
+                self._answer(ticket, order, result)
+
+    def _answer(self, ticket: int, order: str, result=None, error: KilnError | None = None) -> None:
+        self._tell("answer", ticket=ticket, order=order, result=result, error=error.to_wire() if error else None)
+
+    # Orders that need no backend
+
+    def _local_start(self, ticket: int) -> None:
+        self._wanted, self._deaths, self._next_look = True, 0, 0.0
+        if self._state.get("state") == "failed":
+            self._tell_state("starting", "Starting the backend")
+
+    def _local_stop(self, ticket: int) -> None:
+        self._wanted = False
+        if self._client is not None:
+            self._client.shutdown()
+            self._client.close()
+            self._client = None
+        self._active.clear()
+        if self._process is not None:
+            try:
+                self._process.wait(10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+            self._process = None
+        self._next_look = time.monotonic() + 1.0
+        self._give_up("stopped", STOPPED)
+
+    # Orders to the backend
+
+    def _order_submit(self, ticket: int, recipe: str, values: dict, inputs: dict, title: str, source: dict) -> dict:
+        job = self._client.submit(recipe, values, inputs, title=title, source=source)
+        self._active.add(job["id"])
+        return job
+
+    def _order_fetch(self, ticket: int, job: dict, folder: Path) -> Path:
+        """Downloads every result of a job into a folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        whole = sum(result["size"] for result in job["results"].values()) or 1
+        before = 0
+        for name, result in job["results"].items():
+            def report(received, before=before):
+                self._tell("transfer", ticket=ticket, fraction=(before + received) / whole)
+
+            self._client.download(result["hash"], folder / name, progress=report)
+            before += result["size"]
+        return folder
+
+    def _order_cancel(self, ticket: int, job: str) -> None:
+        self._client.cancel(job)
+
+    def _order_retry(self, ticket: int, job: str) -> None:
+        self._client.retry(job)
+        self._active.add(job)
+
+    def _order_remove(self, ticket: int, job: str) -> None:
+        self._client.remove(job)
+
+    # Listening
+
+    def _listen(self) -> None:
+        """Passes on what happened to the jobs."""
+        pictures: dict[str, str] = {}
+        changed: list[str] = []
+        for event in self._client.poll(LISTEN):
+            if event["kind"] == "preview":
+                pictures[event["job"]] = event["artifact"]  # of several, the newest
+            elif event["kind"] in ("stage", "progress", "log"):
+                self._tell("event", event=event)
+            elif event["job"] not in changed:
+                changed.append(event["job"])
+        for name in changed:
+            job = self._client.job(name)
+            (self._active.discard if job["state"] in FINAL else self._active.add)(name)
+            self._tell("job", job=job)
+        for name, artifact in pictures.items():
+            self._fetch_picture(name, artifact)
+
+    def _fetch_picture(self, job: str, artifact: str) -> None:
+        path = self._pictures / f"{job}-{artifact[:16]}.png"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self._client.blob(artifact))
+        self._tell("preview", job=job, path=path)

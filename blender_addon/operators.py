@@ -1,0 +1,480 @@
+"""Everything that a button, a script or a key can ask of Kiln: `bpy.ops.kiln.*`. In `blender -b` kiln.generate and kiln.import_job block, with
+progress on the terminal; with a window they return at once and the timer goes on."""
+
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import bpy
+from bpy.props import BoolProperty, EnumProperty, IntProperty, StringProperty
+from bpy_extras.io_utils import ImportHelper
+
+from . import capture, preferences, properties, session
+from .protocol import connection, recipes
+from .protocol.errors import KilnError
+
+# While views are rendered the scene stays as it is, so only looking around is passed on.
+LOOKING_AROUND = {
+    "MIDDLEMOUSE", "WHEELUPMOUSE", "WHEELDOWNMOUSE", "WHEELINMOUSE", "WHEELOUTMOUSE", "TRACKPADPAN", "TRACKPADZOOM", "MOUSEROTATE",
+    "MOUSESMARTZOOM", "NDOF_MOTION", "WINDOW_DEACTIVATE", "INBETWEEN_MOUSEMOVE", "MOUSEMOVE",
+}  # fmt: skip
+
+
+def refuse(operator: bpy.types.Operator, error: KilnError) -> set[str]:
+    """Shows an error in the panel and as the operator's report, which a script gets as an exception."""
+    session.current.note(error)
+    operator.report({"ERROR"}, str(error))
+    return {"CANCELLED"}
+
+
+def every_parameter() -> dict[str, recipes.Parameter]:
+    """The parameters of all recipes by their Blender name; of recipes that share one, the first defines it."""
+    found: dict[str, recipes.Parameter] = {}
+    for recipe in recipes.RECIPES.values():
+        for parameter in recipes.parameters(recipe):
+            found.setdefault(properties.identifier(parameter.name), parameter)
+    return found
+
+
+class KILN_OT_generate(bpy.types.Operator):
+    """Render the selection from all sides and make an asset of it"""
+
+    bl_idname = "kiln.generate"
+    bl_label = "Generate"
+    bl_options = {"REGISTER"}
+
+    # A parameter that is not given comes from `preset` where that is given, else from the scene's settings, as in the panel.
+    __annotations__ = {
+        "recipe": EnumProperty(
+            name="Recipe",
+            items=[(name, recipe.TITLE, recipe.__doc__.strip().rstrip(".")) for name, recipe in recipes.RECIPES.items()],
+            options={"SKIP_SAVE"},
+        ),
+        "preset": EnumProperty(
+            name="Preset",
+            items=list({item[0]: item for recipe in recipes.RECIPES.values() for item in properties.preset_items(recipe)}.values()),
+            default="standard",
+            options={"SKIP_SAVE"},
+        ),
+        **{name: properties.blender_property(parameter, options={"SKIP_SAVE"}) for name, parameter in every_parameter().items()},
+    }
+
+    @classmethod
+    def poll(cls, context):
+        if session.current is None or session.current.capture:
+            cls.poll_message_set("Kiln is rendering views")
+            return False
+        return True
+
+    def values(self, context) -> tuple[str, dict]:
+        """The recipe and its parameters: what was passed, over the preset or the scene's settings."""
+        settings = context.scene.kiln
+        name = self.recipe if self.properties.is_property_set("recipe") else settings.recipe
+        recipe = recipes.recipe_named(name)
+        if self.properties.is_property_set("preset"):
+            values = recipes.values(recipes.make(name, preset=self.preset))
+        else:
+            values = properties.values(getattr(settings, name), recipe)
+        for parameter in recipes.parameters(recipe):
+            if self.properties.is_property_set(properties.identifier(parameter.name)):
+                values[parameter.name] = properties.value_of(self.properties, parameter)
+        return name, recipes.values(recipes.make(name, values))
+
+    def begin(self, context) -> None:
+        """Everything that can refuse before the first view is rendered."""
+        now = session.current
+        self.recipe_name, self.recipe_values = self.values(context)
+        subject = capture.subject(context)
+        now.want_backend()
+        self.scratch = Path(tempfile.mkdtemp(prefix="views-", dir=now.folder))
+        self.title = subject.title
+        try:
+            self.capture = capture.Capture(subject, recipes.make(self.recipe_name, self.recipe_values).capture, self.scratch)
+        except BaseException:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            raise
+
+    def submit(self) -> session.Job:
+        inputs, source = self.capture.finish()
+        return session.current.submit(self.recipe_name, self.recipe_values, inputs, source, self.title, self.scratch)
+
+    def invoke(self, context, event):
+        if bpy.app.background:
+            return self.execute(context)
+        try:
+            self.begin(context)
+        except KilnError as error:
+            return refuse(self, error)
+        self.timer = context.window_manager.event_timer_add(0.01, window=context.window)
+        session.current.capture = (0, self.capture.steps, self.title)
+        context.window_manager.modal_handler_add(self)
+        context.workspace.status_text_set(f"Kiln renders {self.title} · Esc: stop")
+        session.redraw()
+        return {"RUNNING_MODAL"}
+
+    def modal(self, context, event):
+        if event.type == "ESC":
+            self.cancel(context)
+            return {"CANCELLED"}
+        if event.type != "TIMER":
+            return {"PASS_THROUGH"} if event.type in LOOKING_AROUND else {"RUNNING_MODAL"}
+        done, total, title = session.current.capture
+        try:
+            if done < total:
+                self.capture.step()
+                session.current.capture = (done + 1, total, title)
+                session.redraw()
+                return {"RUNNING_MODAL"}
+            self.submit()
+        except KilnError as error:
+            self.cancel(context)
+            return refuse(self, error)
+        except BaseException:
+            self.cancel(context)
+            raise
+        self.leave(context)
+        self.capture.close()
+        return {"FINISHED"}
+
+    def cancel(self, context):
+        """Esc, an error, or Blender closing: the scene is as it was."""
+        self.leave(context)
+        self.capture.close()
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def leave(self, context) -> None:
+        context.window_manager.event_timer_remove(self.timer)
+        context.workspace.status_text_set(None)
+        session.current.capture = None
+        session.redraw()
+
+    def execute(self, context):
+        """From a script: renders at once. In `blender -b` also waits for the result and imports it."""
+        try:
+            self.begin(context)
+            try:
+                for number in range(self.capture.steps):
+                    self.capture.step()
+                    session.terminal(f"{self.title}: view {number + 1} of {self.capture.steps}")
+                job = self.submit()
+            except BaseException:
+                shutil.rmtree(self.scratch, ignore_errors=True)
+                raise
+            finally:
+                self.capture.close()
+            if bpy.app.background:
+                session.current.wait_for_results(job)
+                session.current.import_results(context, job)
+                session.terminal(f"{self.title}: imported", last=True)
+        except KilnError as error:
+            return refuse(self, error)
+        return {"FINISHED"}
+
+
+class JobOperator:
+    """An operator on one job of the list; without `job`, on the one that is chosen there."""
+
+    job: StringProperty(name="Job", description="The job's id", options={"SKIP_SAVE"})
+
+    def chosen(self, context) -> session.Job:
+        now = session.current
+        now.need_jobs()
+        window = context.window_manager.kiln
+        name = self.job or (window.jobs[window.active_job].name if window.active_job < len(window.jobs) else "")
+        if name not in now.jobs:
+            raise KilnError("no-such-job", f"There is no job {name!r}." if name else "There is no job.", "")
+        return now.jobs[name]
+
+    def execute(self, context):
+        try:
+            self.act(context, self.chosen(context))
+        except KilnError as error:
+            return refuse(self, error)
+        return {"FINISHED"}
+
+
+class KILN_OT_cancel_job(JobOperator, bpy.types.Operator):
+    """Stop this job; what it had finished is kept for a retry"""
+
+    bl_idname = "kiln.cancel_job"
+    bl_label = "Cancel"
+
+    def act(self, context, job):
+        session.current.order(job, "cancel")
+
+
+class KILN_OT_retry_job(JobOperator, bpy.types.Operator):
+    """Run this job again; stages that were finished are not repeated"""
+
+    bl_idname = "kiln.retry_job"
+    bl_label = "Retry"
+
+    def act(self, context, job):
+        session.current.order(job, "retry")
+
+
+class KILN_OT_import_job(JobOperator, bpy.types.Operator):
+    """Bring the result into the scene, where its source stands"""
+
+    bl_idname = "kiln.import_job"
+    bl_label = "Import"
+    bl_options = {"REGISTER"}
+
+    def act(self, context, job):
+        if job.state != "done":
+            raise KilnError("not-done", f"{job.data['title']} is not done.", "Import it when it is.")
+        if bpy.app.background:
+            session.current.wait_for_results(job)
+            session.current.import_results(context, job)
+        else:
+            job.file, job.wants_import = session.current.file, True
+
+
+class KILN_OT_remove_job(JobOperator, bpy.types.Operator):
+    """Take this job and its results out of the list for good; what was imported stays"""
+
+    bl_idname = "kiln.remove_job"
+    bl_label = "Remove"
+
+    def invoke(self, context, event):
+        return context.window_manager.invoke_confirm(self, event)
+
+    def act(self, context, job):
+        session.current.remove(job)
+
+
+class KILN_OT_start_backend(bpy.types.Operator):
+    """Start the program that computes"""
+
+    bl_idname = "kiln.start_backend"
+    bl_label = "Start"
+
+    def execute(self, context):
+        try:
+            session.current.start_backend()
+        except KilnError as error:
+            return refuse(self, error)
+        return {"FINISHED"}
+
+
+class KILN_OT_stop_backend(bpy.types.Operator):
+    """Stop the program that computes; its jobs go on from their last finished stage when it starts again"""
+
+    bl_idname = "kiln.stop_backend"
+    bl_label = "Stop"
+
+    def invoke(self, context, event):
+        if any(job.state == "running" for job in session.current.jobs.values()):
+            return context.window_manager.invoke_confirm(self, event)
+        return self.execute(context)
+
+    def execute(self, context):
+        try:
+            session.current.stop_backend()
+        except KilnError as error:
+            return refuse(self, error)
+        return {"FINISHED"}
+
+
+class SetUpOperator:
+    """Changes the backend's environment on a thread; in `blender -b` waits for it."""
+
+    action = "create"
+
+    @classmethod
+    def poll(cls, context):
+        if session.current is None or session.current.setting_up:
+            cls.poll_message_set("The backend is being set up")
+            return False
+        return True
+
+    def execute(self, context):
+        try:
+            session.current.set_up(self.action, **self.options(context))
+        except KilnError as error:
+            return refuse(self, error)
+        return {"FINISHED"}
+
+    def options(self, context) -> dict:
+        return {}
+
+
+class KILN_OT_set_up_backend(SetUpOperator, bpy.types.Operator):
+    """Download what Kiln computes with and set it up in this extension's own folder"""
+
+    bl_idname = "kiln.set_up_backend"
+    bl_label = "Set Up Backend"
+
+
+class KILN_OT_set_up_from_bundle(SetUpOperator, ImportHelper, bpy.types.Operator):
+    """Set the backend up from an offline bundle, without the internet"""
+
+    bl_idname = "kiln.set_up_from_bundle"
+    bl_label = "Set Up from Offline Bundle…"
+
+    filename_ext = ".zip"
+    filter_glob: StringProperty(default="*.zip", options={"HIDDEN"})
+
+    def options(self, context):
+        return {"bundle": Path(self.filepath)}
+
+
+class KILN_OT_repair_backend(SetUpOperator, bpy.types.Operator):
+    """Check the backend's environment and set up again what is missing or broken; jobs are kept"""
+
+    bl_idname = "kiln.repair_backend"
+    bl_label = "Repair"
+    action = "repair"
+
+
+class KILN_OT_remove_backend(SetUpOperator, bpy.types.Operator):
+    """Delete the backend's environment from this computer; it can be set up again"""
+
+    bl_idname = "kiln.remove_backend"
+    bl_label = "Remove"
+    action = "remove"
+
+    jobs: BoolProperty(name="Jobs and Results Too", description="Also delete the job list and every result that the backend keeps", default=False)
+
+    def invoke(self, context, event):
+        return context.window_manager.invoke_props_dialog(self)
+
+    def options(self, context):
+        return {"jobs": self.jobs}
+
+
+class KILN_OT_cancel_set_up(bpy.types.Operator):
+    """Stop setting up; what was downloaded is kept for the next try"""
+
+    bl_idname = "kiln.cancel_set_up"
+    bl_label = "Cancel"
+
+    def execute(self, context):
+        if session.current.setting_up:
+            session.current.setting_up.cancel()
+        return {"FINISHED"}
+
+
+class KILN_OT_connect(ImportHelper, bpy.types.Operator):
+    """Use the backend on another computer by the connection file that it wrote there"""
+
+    bl_idname = "kiln.connect"
+    bl_label = "Connect"
+
+    filename_ext = ".json"
+    filter_glob: StringProperty(default="*.json", options={"HIDDEN"})
+
+    def execute(self, context):
+        try:
+            connection.Connection.load(Path(self.filepath))
+        except KilnError as error:
+            return refuse(self, error)
+        chosen = preferences.get()
+        chosen.connection_file, chosen.place = self.filepath, "REMOTE"
+        session.current.connect()
+        return {"FINISHED"}
+
+
+class KILN_OT_use_local(bpy.types.Operator):
+    """Use this computer's backend again"""
+
+    bl_idname = "kiln.use_local"
+    bl_label = "Use This Computer"
+
+    def execute(self, context):
+        preferences.get().place = "LOCAL"
+        session.current.connect()
+        return {"FINISHED"}
+
+
+class KILN_OT_reset_parameters(bpy.types.Operator):
+    """Set every parameter to the preset's value again"""
+
+    bl_idname = "kiln.reset_parameters"
+    bl_label = "Reset to Preset"
+    bl_options = {"REGISTER", "UNDO"}
+
+    def execute(self, context):
+        settings = context.scene.kiln
+        group = getattr(settings, settings.recipe)
+        properties.apply_preset(group, recipes.RECIPES[settings.recipe], group.preset)
+        return {"FINISHED"}
+
+
+class KILN_OT_dismiss(bpy.types.Operator):
+    """Read and understood"""
+
+    bl_idname = "kiln.dismiss"
+    bl_label = "Dismiss"
+
+    index: IntProperty(options={"SKIP_SAVE"})
+
+    def execute(self, context):
+        if self.index < len(session.current.notices):
+            del session.current.notices[self.index]
+        session.redraw()
+        return {"FINISHED"}
+
+
+class KILN_OT_copy_details(bpy.types.Operator):
+    """Copy everything that is known about this error, to search for it or to send it"""
+
+    bl_idname = "kiln.copy_details"
+    bl_label = "Copy Details"
+
+    text: StringProperty(options={"SKIP_SAVE"})
+    job: StringProperty(options={"SKIP_SAVE"})
+
+    def execute(self, context):
+        context.window_manager.clipboard = f"{self.text}\n{session.current.about(self.job)}"
+        self.report({"INFO"}, "Copied")
+        return {"FINISHED"}
+
+
+class KILN_OT_open_log(bpy.types.Operator):
+    """Open the backend's log file"""
+
+    bl_idname = "kiln.open_log"
+    bl_label = "Log"
+
+    def execute(self, context):
+        log = session.current.where.log
+        if not log.is_file():
+            return refuse(self, KilnError("no-log", "The backend has written no log yet.", ""))
+        bpy.ops.wm.path_open(filepath=str(log))
+        return {"FINISHED"}
+
+
+class KILN_OT_announce(bpy.types.Operator):
+    """Puts a line into Blender's status bar"""
+
+    bl_idname = "kiln.announce"
+    bl_label = "Kiln"
+    bl_options = {"INTERNAL"}
+
+    text: StringProperty(options={"SKIP_SAVE"})
+    failed: BoolProperty(options={"SKIP_SAVE"})
+
+    def execute(self, context):
+        self.report({"WARNING" if self.failed else "INFO"}, self.text)
+        return {"FINISHED"}
+
+
+CLASSES = (
+    KILN_OT_generate, KILN_OT_cancel_job, KILN_OT_retry_job, KILN_OT_import_job, KILN_OT_remove_job, KILN_OT_start_backend,
+    KILN_OT_stop_backend, KILN_OT_set_up_backend, KILN_OT_set_up_from_bundle, KILN_OT_repair_backend, KILN_OT_remove_backend,
+    KILN_OT_cancel_set_up, KILN_OT_connect, KILN_OT_use_local, KILN_OT_reset_parameters, KILN_OT_dismiss, KILN_OT_copy_details,
+    KILN_OT_open_log, KILN_OT_announce,
+)  # fmt: skip
+
+
+def register():
+    for cls in CLASSES:
+        bpy.utils.register_class(cls)
+
+
+def unregister():
+    for cls in reversed(CLASSES):
+        bpy.utils.unregister_class(cls)

@@ -1,0 +1,334 @@
+"""The Kiln tab in the 3D viewport's sidebar. Draws what `session` knows; asks nobody, waits for nothing."""
+
+import time
+
+import blf
+import bpy
+
+from . import capture, preferences, properties, session
+from .protocol import recipes
+from .protocol.errors import KilnError
+
+LOOK = {  # backend state: icon, words
+    "looking": ("SORTTIME", "Looking for the backend"),
+    "missing": ("IMPORT", "Backend is not set up"),
+    "stopped": ("PAUSE", "Backend is stopped"),
+    "starting": ("SORTTIME", "Backend is starting"),
+    "running": ("CHECKMARK", "Ready"),
+    "unreachable": ("UNLINKED", "Backend does not answer"),
+    "failed": ("ERROR", "Backend failed"),
+}
+STATES = {"queued": "Waiting", "running": "Running", "cancelling": "Cancelling", "done": "Done", "failed": "Failed", "cancelled": "Cancelled"}
+
+
+# Text
+
+
+def wrapped(text: str, width: float, measure) -> list[str]:
+    """`text` broken into lines no wider than `width` in the units of `measure(line)`; words wider than a line are broken too."""
+    lines = []
+    for paragraph in text.splitlines() or [""]:
+        line = ""
+        for word in paragraph.split(" "):
+            longer = f"{line} {word}" if line else word
+            if measure(longer) <= width:
+                line = longer
+                continue
+            if line:
+                lines.append(line)
+            while measure(word) > width and len(word) > 1:
+                fits = next((n for n in range(len(word) - 1, 1, -1) if measure(word[:n]) <= width), 1)
+                lines.append(word[:fits])
+                word = word[fits:]
+            line = word
+        lines.append(line)
+    return lines
+
+
+def draw_text(layout, context, text: str, icon: str = "NONE", indent: float = 0.0) -> None:
+    """A sentence over as many lines as the region's width needs."""
+    scale = context.preferences.system.ui_scale
+    blf.size(0, context.preferences.ui_styles[0].widget.points * scale)
+    margin = (52 + indent + (22 if icon != "NONE" else 0)) * scale  # panel edges, box edges, scroll bar, icon
+    width = max(context.region.width - margin, 80 * scale)
+    column = layout.column(align=True)
+    for number, line in enumerate(wrapped(text, width, lambda words: blf.dimensions(0, words)[0])):
+        row = column.row()
+        row.scale_y = 0.75
+        row.label(text=line, icon=icon if number == 0 else "BLANK1" if icon != "NONE" else "NONE")
+
+
+def draw_error(layout, context, error: KilnError, details: str = "", dismiss: int | None = None, job: str = "") -> None:
+    """An error in full, with what to do; copyable, and gone when dismissed."""
+    box = layout.box()
+    row = box.row()
+    column = row.column()
+    draw_text(column, context, error.message, "ERROR", indent=24 if dismiss is not None else 0)
+    if dismiss is not None:
+        row.operator("kiln.dismiss", text="", icon="X", emboss=False).index = dismiss
+    if error.hint:
+        draw_text(box, context, error.hint, "INFO")
+    copy = box.operator("kiln.copy_details", icon="COPYDOWN")
+    copy.text = f"{error.message}\n{error.hint}\n[{error.code}]\n{details}".strip()
+    copy.job = job
+
+
+def size_text(size: int) -> str:
+    for unit, step in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if size >= step:
+            return f"{size / step:.1f} {unit}"
+    return f"{size} B"
+
+
+def time_text(seconds: float) -> str:
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    return f"{seconds // 60} min {seconds % 60:02d} s" if seconds < 3600 else f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+
+
+# Parts
+
+
+def backend_words(backend: dict) -> str:
+    if backend["state"] == "running":
+        hello = backend["hello"] or {}
+        return f"Ready: {hello.get('device', 'this computer')}" + (" (remote)" if backend["remote"] else "")
+    return LOOK[backend["state"]][1]
+
+
+def draw_backend(layout, context) -> None:
+    """What the backend is and what can be done about it; used by the panel and by the preferences."""
+    now = session.current
+    backend, setting_up = now.backend, now.setting_up
+    if setting_up:
+        draw_text(layout, context, {"create": "Setting up the backend", "repair": "Repairing the backend", "remove": "Removing the backend"}[setting_up.action])
+        layout.progress(factor=setting_up.fraction, text=f"{setting_up.fraction:.0%}")
+        draw_text(layout, context, setting_up.text)
+        layout.operator("kiln.cancel_set_up", icon="X")
+        return
+    state = backend["state"]
+    if state == "missing":
+        draw_text(layout, context, "Kiln computes in a program of its own beside Blender. It has to be set up once.")
+        if not bpy.app.online_access:
+            draw_text(layout, context, session.offline_hint(), "INTERNET_OFFLINE")
+        column = layout.column()
+        column.scale_y = 1.5
+        column.enabled = bpy.app.online_access
+        column.operator("kiln.set_up_backend", icon="IMPORT")
+        layout.operator("kiln.set_up_from_bundle", icon="FILE_FOLDER")
+        layout.operator("kiln.connect", text="Use Another Computer's…", icon="LINKED")
+        return
+    if backend["error"] and state in ("unreachable", "failed"):
+        draw_error(layout, context, KilnError.from_wire(backend["error"]), backend["text"])
+    elif backend["text"]:
+        draw_text(layout, context, backend["text"])
+    hello = backend["hello"] or {}
+    for label, key in (("Device", "device"), ("Kiln", "version"), ("Computer", "host")):
+        if hello.get(key):
+            split = layout.split(factor=0.32)
+            split.label(text=label)
+            split.label(text=str(hello[key]))
+    if backend["remote"]:
+        split = layout.split(factor=0.32)
+        split.label(text="File")
+        split.label(text=preferences.get().connection_file)
+        layout.operator("kiln.use_local", icon="UNLINKED")
+        return
+    if now.disk is not None:
+        split = layout.split(factor=0.32)
+        split.label(text="On Disk")
+        split.label(text=size_text(now.disk))
+    row = layout.row(align=True)
+    if state in ("stopped", "failed", "looking"):
+        row.operator("kiln.start_backend", icon="PLAY")
+    else:
+        row.operator("kiln.stop_backend", icon="PAUSE")
+    row.operator("kiln.open_log", icon="TEXT")
+    row = layout.row(align=True)
+    row.operator("kiln.repair_backend", icon="TOOL_SETTINGS")
+    row.operator("kiln.remove_backend", icon="TRASH")
+    layout.operator("kiln.connect", text="Use Another Computer's…", icon="LINKED")
+
+
+def draw_parameters(layout, group, recipe: type, advanced: bool) -> None:
+    heading = None
+    for parameter in recipes.parameters(recipe):
+        if parameter.advanced != advanced:
+            continue
+        if parameter.group != heading and "." in parameter.name:
+            heading = parameter.group
+            column = layout.column(align=True, heading=heading.capitalize())
+        elif heading is None or "." not in parameter.name:
+            column = layout.column(align=True)
+            heading = None
+        column.prop(group, properties.identifier(parameter.name))
+
+
+class KilnPanel:
+    bl_space_type = "VIEW_3D"
+    bl_region_type = "UI"
+    bl_category = "Kiln"
+
+
+class KILN_PT_backend(KilnPanel, bpy.types.Panel):
+    bl_label = "Backend"
+    bl_order = 0
+    bl_options = {"HIDE_HEADER"}
+
+    def draw(self, context):
+        now, layout = session.current, self.layout
+        now.tab_seen = True
+        for index, notice in enumerate(now.notices):
+            draw_error(layout, context, notice.error, notice.details, dismiss=index)
+        state = now.backend["state"]
+        if now.setting_up or state in ("missing", "unreachable", "failed"):
+            box = layout.box()
+            if not now.setting_up:
+                box.label(text=LOOK[state][1], icon=LOOK[state][0])
+            draw_backend(box, context)
+            return
+        header, body = layout.panel("kiln_backend", default_closed=True)
+        header.label(text=backend_words(now.backend), icon=LOOK[state][0])
+        if state == "stopped":
+            header.operator("kiln.start_backend", text="Start", icon="PLAY")
+        if body:
+            draw_backend(body, context)
+
+
+class KILN_PT_generate(KilnPanel, bpy.types.Panel):
+    bl_label = "Generate"
+    bl_order = 1
+
+    def draw(self, context):
+        now, layout = session.current, self.layout
+        settings = context.scene.kiln
+        recipe = recipes.RECIPES[settings.recipe]
+        group = getattr(settings, settings.recipe)
+
+        box = layout.box()
+        try:
+            subject = capture.subject(context)
+        except KilnError as error:
+            subject = None
+            draw_text(box, context, error.message, "INFO")
+            if error.hint:
+                draw_text(box, context, error.hint, "BLANK1")
+        else:
+            box.label(text=subject.title, icon="OBJECT_DATA")
+
+        column = layout.column()
+        column.use_property_split = True
+        column.use_property_decorate = False
+        if len(recipes.RECIPES) > 1:
+            column.prop(settings, "recipe")
+        row = column.row(align=True)
+        row.prop(group, "preset", expand=False)
+        changed = properties.changed(group, recipe)
+        if changed:
+            row.operator("kiln.reset_parameters", text="", icon="LOOP_BACK")
+        header, body = column.panel("kiln_parameters", default_closed=True)
+        header.label(text=f"Parameters ({len(changed)} changed)" if changed else "Parameters")
+        if body:
+            draw_parameters(body, group, recipe, advanced=False)
+            header, body = body.panel("kiln_advanced", default_closed=True)
+            header.label(text="Advanced")
+            if body:
+                draw_parameters(body, group, recipe, advanced=True)
+
+        if now.capture:
+            done, total, title = now.capture
+            layout.progress(factor=done / total, text=f"View {done} of {total}")
+            draw_text(layout, context, f"Rendering {title}. Esc stops it.")
+        else:
+            column = layout.column()
+            column.scale_y = 1.8
+            column.enabled = subject is not None
+            column.operator("kiln.generate", text="Generate", icon="SHADERFX")
+            seconds = now.expected_seconds(settings.recipe, properties.values(group, recipe))
+            if seconds:
+                layout.label(text=f"Last time: {time_text(seconds)} with these settings", icon="TIME")
+
+
+class KILN_UL_jobs(bpy.types.UIList):
+    def draw_item(self, context, layout, data, item, icon, active_data, active_property):
+        job = session.current.jobs.get(item.name)
+        if job is None:
+            return
+        row = layout.row()
+        row.label(text=job.data["title"] or job.data["recipe"], icon=session.ICONS[job.state])
+        right = row.row()
+        right.alignment = "RIGHT"
+        right.active = False
+        right.label(text=f"{job.data['fraction'] or 0:.0%}" if job.state == "running" else "" if job.state == "done" else STATES[job.state])
+
+    def filter_items(self, context, data, property):
+        """Search by title: rows are named by id."""
+        jobs, wanted = session.current.jobs, self.filter_name.lower()
+        shown = [
+            self.bitflag_filter_item if not wanted or wanted in (jobs[row.name].data["title"] if row.name in jobs else "").lower() else 0
+            for row in getattr(data, property)
+        ]
+        return shown, []
+
+
+class KILN_PT_jobs(KilnPanel, bpy.types.Panel):
+    bl_label = "Jobs"
+    bl_order = 2
+
+    def draw(self, context):
+        now, layout, window = session.current, self.layout, context.window_manager.kiln
+        if not window.jobs:
+            draw_text(layout, context, "Nothing yet. What you generate is listed here.")
+            return
+        layout.template_list("KILN_UL_jobs", "", window, "jobs", window, "active_job", rows=3, maxrows=6)
+        job = now.jobs.get(window.jobs[min(window.active_job, len(window.jobs) - 1)].name)
+        if job:
+            self.draw_job(layout, context, job)
+
+    def draw_job(self, layout, context, job):
+        data, state = job.data, job.state
+        box = layout.box()
+        icon = session.current.icon(job)
+        if icon:
+            box.template_icon(icon_value=icon, scale=max(4.0, min(10.0, context.region.width / context.preferences.system.ui_scale / 26)))
+        if job.transfer is not None:
+            box.progress(factor=job.transfer, text=f"{'Receiving' if state == 'done' else 'Sending'} {job.transfer:.0%}")
+        elif state in ("running", "cancelling"):
+            box.progress(factor=data["fraction"] or 0.0, text=f"{data['fraction'] or 0:.0%}")
+            words = f"{data['stage']}: {data['text']}" if data["stage"] and data["text"] else data["stage"] or data["text"] or "Starting"
+            draw_text(box, context, words if state == "running" else "Cancelling…")
+            if data["started"]:
+                box.label(text=time_text(time.time() - data["started"]), icon="TIME")
+        elif state == "queued":
+            draw_text(box, context, "Waiting for its turn", "TIME")
+        elif state == "done":
+            took = time_text(data["finished"] - data["started"]) if data["finished"] and data["started"] else ""
+            draw_text(box, context, f"Done in {took}" + (", in the scene" if job.imported else ""), "CHECKMARK")
+        elif state == "failed":
+            draw_error(box, context, KilnError.from_wire(data["error"] or {}), job=data["id"])
+        else:
+            draw_text(box, context, "Cancelled", "X")
+        row = box.row(align=True)
+        if state in ("queued", "running", "cancelling"):
+            row.enabled = state != "cancelling"
+            row.operator("kiln.cancel_job", icon="X").job = data["id"]
+            return
+        if state == "done":
+            row.operator("kiln.import_job", text="Import Again" if job.imported else "Import", icon="IMPORT").job = data["id"]
+        else:
+            row.operator("kiln.retry_job", icon="FILE_REFRESH").job = data["id"]
+        row.operator("kiln.remove_job", icon="TRASH").job = data["id"]
+
+
+CLASSES = (KILN_UL_jobs, KILN_PT_backend, KILN_PT_generate, KILN_PT_jobs)
+
+
+def register():
+    for cls in CLASSES:
+        bpy.utils.register_class(cls)
+
+
+def unregister():
+    for cls in reversed(CLASSES):
+        bpy.utils.unregister_class(cls)

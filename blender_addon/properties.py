@@ -1,0 +1,123 @@
+"""Blender properties made from the recipes' definitions, and the job list's rows. A recipe's parameter `fit.iterations` is the property
+`fit_iterations` here, in `scene.kiln.reconstruct` and in `bpy.ops.kiln.generate`."""
+
+import bpy
+from bpy.props import BoolProperty, CollectionProperty, EnumProperty, FloatProperty, IntProperty, PointerProperty, StringProperty
+from bpy.types import PropertyGroup
+
+from .protocol import recipes
+
+PRESET_HELP = {
+    "draft": "Quick look: seconds to half a minute, coarse",
+    "standard": "Good for most objects",
+    "high": "Fine detail, several times slower",
+}
+
+
+def identifier(name: str) -> str:
+    """The Blender property of a recipe parameter: no dots in there."""
+    return name.replace(".", "_")
+
+
+def blender_property(parameter: recipes.Parameter, **more):
+    """The bpy.props definition of one recipe parameter."""
+    about = dict(name=parameter.label, description=parameter.help.rstrip("."), default=parameter.default, **more)
+    if parameter.type is bool:
+        return BoolProperty(**about)
+    if parameter.options:
+        return EnumProperty(items=[(value, value.replace("_", " ").capitalize(), text) for value, text in parameter.options], **about)
+    subtype = {"subtype": "PIXEL"} if parameter.unit == "px" else {}
+    if parameter.type is int:
+        return IntProperty(min=int(parameter.low), max=int(parameter.high), **subtype, **about)
+    return FloatProperty(min=parameter.low, max=parameter.high, precision=4 if parameter.default < 0.01 else 2, step=5, **about)
+
+
+def preset_items(recipe: type) -> list[tuple[str, str, str]]:
+    return [(name, name.capitalize(), PRESET_HELP.get(name, "")) for name in recipe.PRESETS]
+
+
+def _group_class(recipe: type) -> type:
+    """The PropertyGroup of one recipe: its preset and every parameter."""
+    annotations = {
+        "preset": EnumProperty(
+            name="Preset",
+            description="Sets every parameter; change single ones afterwards",
+            items=preset_items(recipe),
+            default="standard",
+            update=lambda group, context: apply_preset(group, recipe, group.preset),
+        )
+    }
+    for parameter in recipes.parameters(recipe):
+        name = identifier(parameter.name)
+        if name in annotations:
+            raise ValueError(f"{recipe.__name__}: two parameters would share the property {name!r}")
+        annotations[name] = blender_property(parameter)
+    return type(f"Kiln{recipe.__name__}", (PropertyGroup,), {"__annotations__": annotations, "__doc__": recipe.__doc__})
+
+
+def apply_preset(group: PropertyGroup, recipe: type, preset: str) -> None:
+    """Sets every parameter of `group` to the preset's value."""
+    for name, value in recipes.values(recipes.make(recipe.NAME, preset=preset)).items():
+        setattr(group, identifier(name), value)
+
+
+def value_of(group: PropertyGroup, parameter: recipes.Parameter):
+    """One parameter's value. Blender keeps floats in 32 bits: seven digits give back what was typed (0.2, not 0.20000000298)."""
+    value = getattr(group, identifier(parameter.name))
+    return float(f"{value:.7g}") if parameter.type is float else value
+
+
+def values(group: PropertyGroup, recipe: type) -> dict:
+    """Every parameter of the recipe under its flat name, as the panel shows it."""
+    return {parameter.name: value_of(group, parameter) for parameter in recipes.parameters(recipe)}
+
+
+def changed(group: PropertyGroup, recipe: type) -> list[str]:
+    """Names of the parameters that differ from the chosen preset."""
+    preset = recipes.values(recipes.make(recipe.NAME, preset=group.preset))
+    return [name for name, value in values(group, recipe).items() if value != preset[name]]
+
+
+GROUPS = {name: _group_class(recipe) for name, recipe in recipes.RECIPES.items()}
+
+
+class KilnSettings(PropertyGroup):
+    """What the next Generate in this scene will do; saved with the .blend file."""
+
+    __annotations__ = {
+        "recipe": EnumProperty(
+            name="Recipe",
+            description="What to make of the source",
+            items=[(name, recipe.TITLE, recipe.__doc__.strip().rstrip(".")) for name, recipe in recipes.RECIPES.items()],
+        ),
+        **{name: PointerProperty(type=group) for name, group in GROUPS.items()},
+    }
+
+
+class KilnJobRow(PropertyGroup):
+    """A row of the job list; everything else about the job stands in `session.jobs` under its `name`, the job's id."""
+
+
+class KilnWindow(PropertyGroup):
+    """The panel's own state, not saved with a file."""
+
+    jobs: CollectionProperty(type=KilnJobRow)
+    active_job: IntProperty(name="Job", default=0, options={"SKIP_SAVE"})
+    search: StringProperty(name="Search")
+
+
+CLASSES = (*GROUPS.values(), KilnSettings, KilnJobRow, KilnWindow)
+
+
+def register():
+    for cls in CLASSES:
+        bpy.utils.register_class(cls)
+    bpy.types.Scene.kiln = PointerProperty(type=KilnSettings)
+    bpy.types.WindowManager.kiln = PointerProperty(type=KilnWindow)
+
+
+def unregister():
+    del bpy.types.WindowManager.kiln
+    del bpy.types.Scene.kiln
+    for cls in reversed(CLASSES):
+        bpy.utils.unregister_class(cls)

@@ -1,0 +1,593 @@
+"""What Kiln knows while Blender runs: the backend's state, the jobs, what went wrong. Main thread only; `backend_link.Link` and the set-up
+thread tell it things through queues, which one timer empties.
+
+Nothing here keeps a reference to Blender data: jobs carry names and numbers (`source`) that are looked up again when a result comes in.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import bpy
+import bpy.utils.previews
+
+from . import environment, import_asset, preferences
+from .backend_link import FINAL, Link, Where
+from .protocol import VERSION, recipes
+from .protocol.errors import Cancelled, KilnError
+
+BUSY, IDLE = 0.1, 0.5  # seconds between two looks at the queues
+ICONS = {"queued": "TIME", "running": "RENDER_ANIMATION", "cancelling": "CANCEL", "done": "CHECKMARK", "failed": "ERROR", "cancelled": "X"}
+
+
+@dataclass
+class Job:
+    """A job as the panel shows it."""
+
+    data: dict  # the backend's own record, kept current by its events
+    file: int | None = None  # which opened file it was started from; None: an earlier session or another Blender
+    picture: Path | None = None  # its newest preview
+    transfer: float | None = None  # share of an upload or download under way
+    results: Path | None = None  # folder of the downloaded results
+    wants_import: bool = False  # bring it in as soon as it is done and Blender is free
+    imported: bool = False
+    started: float = field(default_factory=time.time)  # this computer's clock, for the elapsed time
+
+    @property
+    def state(self) -> str:
+        return self.data["state"]
+
+
+@dataclass
+class Notice:
+    """Something to tell, kept in the panel until dismissed."""
+
+    error: KilnError
+    details: str = ""
+
+
+current: Session | None = None
+
+
+class Session:
+    def __init__(self):
+        self.id = uuid.uuid4().hex
+        self.folder = Path(tempfile.mkdtemp(prefix="kiln-", dir=bpy.app.tempdir))  # views on their way out, results on their way in
+        self.backend: dict = {"state": "looking", "text": "", "error": None, "hello": None, "remote": False}
+        self.jobs: dict[str, Job] = {}
+        self.notices: list[Notice] = []
+        self.capture: tuple[int, int, str] | None = None  # view, views, title of the capture under way
+        self.setting_up: SetUp | None = None
+        self.file = 0  # counts opened files, so that a result never lands in a file that it was not made in
+        self.tab_seen = False  # set by the panel's first draw
+        self.started_once = False
+        self.disk: int | None = None  # bytes of the backend's environment
+        self.pictures = bpy.utils.previews.new()
+        self._then: dict[int, Callable] = {}
+        self._uploads: dict[int, str] = {}
+        self._drawn: object = None
+        self.where: Where | None = None
+        self.link: Link | None = None  # made at the first use, so that a plain `blender -b` has no thread more
+
+    def connect(self) -> None:
+        """Starts the client thread for the chosen backend; a new one where another backend was chosen since."""
+        chosen = where()
+        if chosen == self.where:
+            return
+        if self.link:
+            self.link.close(timeout=0)
+            self._then.clear()
+            self._uploads.clear()
+            self.jobs = {}
+            self.backend = {**self.backend, "state": "looking", "hello": None, "error": None}
+        self.where = chosen
+        self.link = Link(chosen, self.folder / "pictures")
+        self.link.start()
+
+    def close(self) -> None:
+        if self.setting_up:
+            self.setting_up.cancel()
+        if self.link:
+            self.link.close(stop_backend=preferences.get().on_close == "STOP" and not self.where.remote)
+        bpy.utils.previews.remove(self.pictures)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    # Orders
+
+    def ask(self, order: str, then: Callable[[object, KilnError | None], None] | None = None, **values) -> int:
+        """Gives the client thread an order; `then(result, error)` runs on the main thread with its answer. An error goes to the panel."""
+        self.connect()
+        ticket = self.link.ask(order, **values)
+        self._then[ticket] = then or (lambda result, error: error and self.note(error))
+        return ticket
+
+    def note(self, error: KilnError, details: str = "") -> None:
+        """Shows an error in the panel until it is dismissed."""
+        self.notices = [old for old in self.notices if old.error.message != error.message] + [Notice(error, details)]
+        redraw()
+
+    def submit(self, recipe: str, values: dict, inputs: dict, source: dict, title: str, scratch: Path) -> Job:
+        """Sends captured inputs off as a job. `scratch` holds their files and is removed after they are sent."""
+        recipes.make(recipe, values)  # a bad value is refused here, before anything travels
+        shown = dict(id=f"sending-{uuid.uuid4().hex}", recipe=recipe, parameters=values, title=title, source=source, state="queued",
+                     stage="", fraction=0.0, text="Sending to the backend", created=time.time(), started=None, finished=None, attempts=0,
+                     error=None, results={}, inputs={})  # fmt: skip
+        job = Job(shown, file=self.file, transfer=0.0, wants_import=preferences.get().auto_import)
+        self.jobs[shown["id"]] = job
+
+        def sent(result, error):
+            shutil.rmtree(scratch, ignore_errors=True)
+            self.jobs.pop(shown["id"], None)
+            job.transfer = None
+            if error:
+                job.data = {**shown, "state": "failed", "finished": time.time(), "text": "", "error": error.to_wire()}
+                self.jobs[shown["id"]] = job  # never reached the backend: stays in the list with its reason
+            else:
+                known = self.jobs.get(result["id"])
+                job.data = known.data if known else result
+                job.picture = known.picture if known else None
+                self.jobs[result["id"]] = job
+            self._sync_rows(select=job.data["id"])
+
+        ticket = self.ask("submit", sent, recipe=recipe, values=values, inputs=inputs, title=title, source=source)
+        self._uploads[ticket] = shown["id"]
+        self._sync_rows(select=shown["id"])
+        return job
+
+    def fetch(self, job: Job) -> int:
+        """Downloads a finished job's results into this session's folder."""
+        job.transfer = 0.0
+        folder = self.folder / "results" / job.data["id"]
+
+        def fetched(result, error):
+            job.transfer = None
+            if error:
+                job.wants_import = False
+                self.note(error)
+            else:
+                job.results = folder
+
+        ticket = self.ask("fetch", fetched, job=job.data, folder=folder)
+        self._uploads[ticket] = job.data["id"]
+        return ticket
+
+    def remove(self, job: Job) -> None:
+        """Takes a job out of the list, with what the backend keeps for it."""
+
+        def removed(result, error):
+            if error and error.code != "no-such-job":
+                return self.note(error)
+            self.jobs.pop(job.data["id"], None)
+            if job.results:
+                shutil.rmtree(job.results, ignore_errors=True)
+            self._sync_rows()
+
+        if job.data["id"].startswith("sending-"):
+            removed(None, None)
+        else:
+            self.ask("remove", removed, job=job.data["id"])
+
+    def import_results(self, context, job: Job) -> import_asset.Imported:
+        """Brings downloaded results into the scene they came from, as one undo step."""
+        provenance = dict(job=job.data["id"], recipe=job.data["recipe"], parameters=job.data["parameters"], kiln=VERSION)
+        imported = import_asset.import_asset(context, job.results, job.data["source"], provenance, {})
+        job.imported, job.wants_import = True, False
+        shutil.rmtree(job.results, ignore_errors=True)  # the backend keeps them; the file has its own copy now
+        job.results = None
+        return imported
+
+    # Listening
+
+    def tick(self) -> float:
+        """The timer: takes in what the threads told, brings finished results in, starts the backend that the open tab asks for."""
+        try:
+            self.connect()
+            moved = self.drain()
+            if self.tab_seen and not self.started_once and self.backend["state"] == "stopped" and preferences.get().start_backend:
+                self.started_once = True  # who stops it afterwards means it
+                self.ask("start")
+            self._bring_in()
+        except Exception:  # a timer that raises is never called again
+            traceback.print_exc()
+            moved = True
+        if moved:
+            redraw()
+        active = any(job.state not in FINAL or job.transfer is not None for job in self.jobs.values())
+        return BUSY if active or moved or self.setting_up or self.backend["state"] in ("looking", "starting") else IDLE
+
+    def drain(self) -> bool:
+        """Takes in everything that the threads have told. True if there was anything."""
+        moved = False
+        while True:
+            try:
+                message = self.link.told.get_nowait()
+            except queue.Empty:
+                break
+            moved = True
+            getattr(self, f"_on_{message.pop('kind')}")(**message)
+        if self.setting_up and self.setting_up.take_in():
+            moved = True
+            if self.setting_up.finished:
+                error = self.setting_up.error
+                self.setting_up = None
+                if error:
+                    self.note(error, environment_log_tail())
+                self.where = None  # look at the environment again
+        if moved:
+            self._sync_rows()
+        return moved
+
+    def _on_backend(self, **state) -> None:
+        self.backend = state
+        if state["state"] == "failed" and state["error"]:
+            self.note(KilnError.from_wire(state["error"]), state["text"])
+
+    def _on_jobs(self, jobs) -> None:
+        known, self.jobs = self.jobs, {name: job for name, job in self.jobs.items() if name.startswith("sending-")}
+        for data in jobs:
+            job = known.get(data["id"]) or Job(data)
+            job.data = data
+            self.jobs[data["id"]] = job
+
+    def _on_job(self, job) -> None:
+        if job["id"] in self.jobs:
+            before = self.jobs[job["id"]].state
+            self.jobs[job["id"]].data = job
+            if job["state"] != before and job["state"] in ("done", "failed"):
+                self._announce(self.jobs[job["id"]])
+        else:
+            self.jobs[job["id"]] = Job(job)
+
+    def _on_event(self, event) -> None:
+        job = self.jobs.get(event["job"])
+        if job and job.state not in FINAL:
+            job.data.update({name: event[name] for name in ("stage", "fraction", "text") if name in event})
+
+    def _on_preview(self, job, path) -> None:
+        if job in self.jobs:
+            self.jobs[job].picture = path
+
+    def _on_transfer(self, ticket, fraction) -> None:
+        job = self.jobs.get(self._uploads.get(ticket, ""))
+        if job:
+            job.transfer = fraction
+
+    def _on_answer(self, ticket, order, result, error) -> None:
+        self._uploads.pop(ticket, None)
+        then = self._then.pop(ticket, None)
+        if then:
+            then(result, KilnError.from_wire(error) if error else None)
+
+    def _announce(self, job: Job) -> None:
+        """A line in Blender's status bar; the panel has the rest."""
+        text = f"Kiln: {job.data['title']} is ready" if job.state == "done" else f"Kiln: {job.data['title']} failed, see the Kiln tab"
+        window = main_window()
+        if window and not bpy.app.background:
+            with bpy.context.temp_override(window=window):
+                bpy.ops.kiln.announce("INVOKE_DEFAULT", text=text, failed=job.state == "failed")
+
+    def _bring_in(self) -> None:
+        """Fetches and imports what is wanted, when nobody is in the middle of something."""
+        for job in list(self.jobs.values()):
+            if not job.wants_import or job.state != "done" or job.transfer is not None:
+                continue
+            if job.file is not None and job.file != self.file:
+                job.wants_import = False  # another file is open: the list offers it there
+            elif job.results is None:
+                self.fetch(job)
+            elif blender_is_free():
+                try:
+                    with bpy.context.temp_override(window=main_window()):
+                        self.import_results(bpy.context, job)
+                except KilnError as error:
+                    job.wants_import = False
+                    self.note(error)
+                except Exception as error:
+                    job.wants_import = False
+                    self.note(KilnError("import", f"The result of {job.data['title']} could not be imported: {error}.",
+                                        "Press Import to try again."), traceback.format_exc())  # fmt: skip
+
+    def wait(self, ready: Callable[[], bool], report: Callable[[], None] = lambda: None) -> None:
+        """Blocks until `ready()`, taking in messages meanwhile: for scripts and `blender -b`, where no timer runs."""
+        while not ready():
+            self.drain()
+            report()
+            time.sleep(0.03)
+
+    # What operators and scripts ask for
+
+    def order(self, job: Job, what: str) -> None:
+        """Cancels or retries a job. A job that never reached the backend has nothing to retry there."""
+        if job.data["id"].startswith("sending-"):
+            raise KilnError("not-sent", f"{job.data['title']} never reached the backend.", "Press Generate again.")
+        if what == "cancel":
+            job.data["state"] = "cancelling"  # shown at once; the backend answers in a moment
+        self.ask(what, job=job.data["id"])
+
+    def want_backend(self) -> None:
+        """Makes sure that there is a backend to ask, or raises why there is none. Waits only in `blender -b`."""
+        self.connect()
+        if bpy.app.background:
+            if self.where.python or self.where.remote:
+                self.link.ask("start")
+                self.wait(lambda: self.backend["state"] in ("running", "failed", "unreachable"))
+            else:
+                self.wait(lambda: self.backend["state"] not in ("looking", "starting"))
+        state = self.backend["state"]
+        if state in ("missing", "unreachable", "failed") and self.backend["error"]:
+            raise KilnError.from_wire(self.backend["error"])
+        if state == "stopped":
+            self.ask("start")
+
+    def start_backend(self) -> None:
+        self.notices = [notice for notice in self.notices if notice.error.code != "backend-died"]
+        self.connect()
+        if self.backend["state"] == "missing":
+            raise KilnError.from_wire(self.backend["error"])
+        self.ask("start")
+        if bpy.app.background:
+            self.want_backend()
+
+    def stop_backend(self) -> None:
+        self.connect()
+        stopped = []
+        self.ask("stop", lambda result, error: stopped.append(error))
+        if bpy.app.background:
+            self.wait(lambda: stopped)
+            if stopped[0]:
+                raise stopped[0]
+
+    def need_jobs(self) -> None:
+        """In `blender -b` nothing has listened yet: connects and waits for the list of jobs."""
+        if bpy.app.background:
+            self.want_backend()
+            self.drain()
+
+    def wait_for_results(self, job: Job) -> None:
+        """Blocks until a job is done and its results are here; raises its error. Ctrl+C cancels it."""
+        job.wants_import = False  # the caller imports
+
+        def report():
+            data = job.data
+            if job.transfer is not None:
+                terminal(f"{data['title']}: {'receiving' if job.state == 'done' else 'sending'} {job.transfer:.0%}")
+            else:
+                terminal(f"{data['title']}: {(data['stage'] or data['state']).lower()} {data['fraction'] or 0:.0%} {data['text']}")
+
+        try:
+            self.wait(lambda: job.state in FINAL or self.backend["state"] in ("failed", "unreachable", "missing"), report)
+        except KeyboardInterrupt:
+            self.link.ask("cancel", job=job.data["id"])
+            raise
+        if job.state not in FINAL:
+            raise KilnError.from_wire(self.backend["error"])
+        if job.state == "failed":
+            raise KilnError.from_wire(job.data["error"])
+        if job.state == "cancelled":
+            raise KilnError("cancelled", f"{job.data['title']} was cancelled.", "")
+        if job.results is None:
+            before = len(self.notices)
+            self.fetch(job)
+            self.wait(lambda: job.transfer is None, report)
+            if job.results is None:
+                raise self.notices[min(before, len(self.notices) - 1)].error
+
+    def set_up(self, action: str, **options) -> None:
+        """Starts to create, repair or remove the backend's environment; in `blender -b` waits for it."""
+        if action != "remove" and not options.get("bundle") and not bpy.app.online_access:
+            raise KilnError("offline", "Blender is not allowed to go online.", offline_hint())
+        if action == "remove" and self.link:
+            self.link.ask("stop")  # files in use cannot be deleted on Windows
+        self.setting_up = SetUp(action, **options)
+        self.setting_up.start()
+        if bpy.app.background:
+            work = self.setting_up
+            self.wait(lambda: work.finished, lambda: terminal(f"Backend: {work.fraction:.0%} {work.text}"))
+            if work.error:
+                raise work.error
+
+    # What the panel draws
+
+    def listed(self) -> list[Job]:
+        """Newest first."""
+        return sorted(self.jobs.values(), key=lambda job: -(job.data["created"] or 0))
+
+    def _sync_rows(self, select: str | None = None) -> None:
+        """Makes the job list's rows, which Blender needs as properties, those of `self.jobs`."""
+        window = bpy.context.window_manager.kiln
+        wanted = [job.data["id"] for job in self.listed()]
+        if wanted != [row.name for row in window.jobs]:
+            chosen = window.jobs[window.active_job].name if window.active_job < len(window.jobs) else None
+            window.jobs.clear()
+            for name in wanted:
+                window.jobs.add().name = name
+            select = select or chosen
+        if select in wanted:
+            window.active_job = wanted.index(select)
+
+    def icon(self, job: Job) -> int:
+        """Blender's icon number of the job's newest picture, 0 without one."""
+        if job.picture is None:
+            return 0
+        key = str(job.picture)
+        if key not in self.pictures:
+            self.pictures.load(key, key, "IMAGE")
+        return self.pictures[key].icon_id
+
+    def expected_seconds(self, recipe: str, values: dict) -> float | None:
+        """How long the last job with exactly these parameters took here; None without one: no guess is better than a wrong one."""
+        for job in self.listed():
+            data = job.data
+            if data["state"] == "done" and data["recipe"] == recipe and data["parameters"] == values and data["attempts"] == 1:
+                return data["finished"] - data["started"]
+        return None
+
+
+    def about(self, job: str) -> str:
+        """Everything worth knowing for who is asked for help: versions, the job's parameters, the backend's last log lines."""
+        lines = [f"Kiln {VERSION}, Blender {bpy.app.version_string}, {sys.platform}, backend {self.backend['state']} {self.backend['hello']}"]
+        if job in self.jobs:
+            data = self.jobs[job].data
+            lines += [f"job {data['id']}: {data['recipe']} {data['parameters']}"]
+        if self.link:
+            lines.append(self.link.log_tail())
+        return "\n".join(lines)
+
+
+class SetUp(threading.Thread):
+    """Creates, repairs or removes the backend's environment on a thread of its own."""
+
+    def __init__(self, action: str, **options):
+        super().__init__(name="Kiln set-up", daemon=True)
+        self.action, self.options = action, options
+        self.folder = environment_folder()  # asked for here, on the main thread
+        self.fraction, self.text = 0.0, ""
+        self.error: KilnError | None = None
+        self.finished = False
+        self._told: queue.SimpleQueue = queue.SimpleQueue()
+        self._cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+    def run(self) -> None:
+        error = None
+        try:
+            if self.action == "remove":
+                environment.remove(self.folder, progress=self._report)
+            else:
+                environment.create(self.folder, progress=self._report, repair=self.action == "repair", **self.options)
+        except Cancelled:
+            pass
+        except KilnError as failure:
+            error = failure
+        except Exception as failure:
+            error = KilnError("set-up", f"The backend could not be set up: {failure}.", traceback.format_exc(limit=3))
+        self._told.put(("finished", error))
+
+    def _report(self, fraction: float, text: str = "") -> None:
+        if self._cancelled.is_set():
+            raise Cancelled
+        self._told.put((fraction, text))
+
+    def take_in(self) -> bool:
+        """Main thread: the newest report. True if there was one."""
+        moved = False
+        while True:
+            try:
+                first, second = self._told.get_nowait()
+            except queue.Empty:
+                return moved
+            moved = True
+            if first == "finished":
+                self.finished, self.error = True, second
+            else:
+                self.fraction, self.text = first, second
+
+
+# Blender, seen from here
+
+
+def environment_folder() -> Path:
+    """Where the backend's environment lies: the extension's own user folder, which survives updates of the extension."""
+    return Path(bpy.utils.extension_path_user(__package__, path="backend", create=True))
+
+
+def where() -> Where:
+    """The backend that the preferences choose."""
+    chosen = preferences.get()
+    log = environment_folder() / "backend.log"
+    if chosen.place == "REMOTE" and chosen.connection_file:
+        return Where(remote=Path(bpy.path.abspath(chosen.connection_file)), log=log)
+    named = preferences.backend_python()
+    if named:
+        return Where(python=named, pythonpath=os.environ.get("PYTHONPATH", ""), log=log)
+    return Where(python=environment.python(environment_folder()), log=log)
+
+
+def offline_hint() -> str:
+    if bpy.app.online_access_override:
+        return "Start Blender without --offline-mode, or set the backend up from an offline bundle."
+    return "Turn on Allow Online Access in Preferences, System, Network, or set the backend up from an offline bundle."
+
+
+def blender_is_free() -> bool:
+    """Whether something can be put into the scene without getting in somebody's way."""
+    if bpy.context.mode != "OBJECT" or any(bpy.app.is_job_running(job) for job in ("RENDER", "OBJECT_BAKE")):
+        return False
+    return not any(window.modal_operators for window in bpy.context.window_manager.windows)
+
+
+def mainmain_window() -> bpy.types.Window | None:
+    windows = bpy.context.window_manager.windows
+    return windows[0] if windows else None
+
+
+def redraw() -> None:
+    """Asks every sidebar to draw what changed."""
+    for window in bpy.context.window_manager.windows:
+        for area in window.screen.areas:
+            if area.type in ("VIEW_3D", "PREFERENCES"):
+                for region in area.regions:
+                    if region.type in ("UI", "WINDOW") if area.type == "PREFERENCES" else region.type == "UI":
+                        region.tag_redraw()
+
+
+_last_line = ("", 0.0)
+
+
+def terminal(text: str, last: bool = False) -> None:
+    """Progress for who runs `blender -b`: rewritten in place on a terminal; into a file, a line at most every two seconds."""
+    global _last_line
+    if text == _last_line[0] and not last:
+        return
+    if sys.stdout.isatty():
+        print(f"\r\033[K{text}", end="\n" if last else "", flush=True)
+    elif last or time.monotonic() > _last_line[1] + 2:
+        print(text, flush=True)
+    else:
+        return
+    _last_line = (text, time.monotonic())
+
+
+def _loaded(*_):
+    """A file was opened: the link stays, results for the file before wait in the list."""
+    if current:
+        current.file += 1
+        current.capture = None
+        current._sync_rows()
+
+
+_loaded = bpy.app.handlers.persistent(_loaded)
+
+
+def _tick():
+    return current.tick()
+
+
+def register():
+    global current
+    current = Session()
+    bpy.app.handlers.load_post.append(_loaded)
+    if not bpy.app.background:
+        bpy.app.timers.register(_tick, first_interval=BUSY, persistent=True)
+
+
+def unregister():
+    global current
+    if bpy.app.timers.is_registered(_tick):
+        bpy.app.timers.unregister(_tick)
+    bpy.app.handlers.load_post.remove(_loaded)
+    current.close()
+    current = None
