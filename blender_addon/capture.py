@@ -1,0 +1,737 @@
+"""Pictures of the selected subject from known cameras: colour with soft alpha, exact depth and normals, in SPEC.md's "Views" layout.
+
+Every step builds a temporary scene, renders in it, and takes it away again, so that between two steps the user's file holds nothing of
+ours: undo, save and autosave may come at any moment. The subject's own objects are linked into that scene, and Blender's dependency graph
+brings what they depend on (parents, targets, drivers) without showing it. Runs on the main thread; `Subject` and `Captured` are plain
+values that may cross threads and undo.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import bpy
+import numpy as np
+from mathutils import Matrix, Quaternion, Vector
+
+from . import base_color, exr
+from .protocol import recipes
+from .protocol.errors import KilnError
+
+FIELD_OF_VIEW = math.radians(40)
+MARGIN = 1.02  # of the bounding sphere: pixel filters reach over the edge, and extremes are found to within 0.8 %
+LAYER = "Kiln"
+SURFACES = {"MESH", "CURVE", "SURFACE", "FONT", "META", "CURVES", "POINTCLOUD"}
+BACKGROUND_DEPTH = 1e9  # Cycles writes 1e10 where no surface is
+RENDER_HANDLERS = [name for name in dir(bpy.app.handlers) if name.startswith("render_")]
+
+
+# What to capture
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is captured as one thing: names and session-wide ids, no references to Blender's data."""
+
+    title: str  # the object's or collection's name, or "Cube and 2 more"
+    kind: str  # "object", "objects" or "collection"
+    scene: int  # session_uid
+    view_layer: str
+    objects: tuple[int, ...]  # session_uid each; of a collection, all its objects
+    collection: int | None = None
+
+
+def subject(
+    context: bpy.types.Context, objects: list[bpy.types.Object] | None = None, collection: bpy.types.Collection | None = None
+) -> Subject:
+    """The given objects or collection, or else what is selected (in Edit and other modes also the objects in that mode).
+
+    Raises KilnError("nothing-selected" or "bad-subject"). What only evaluation can tell (no faces, no size) `Capture` finds.
+    """
+    scene, layer = context.scene, context.view_layer
+    if collection is not None:
+        things = list(collection.all_objects)
+        title, kind = collection.name, "collection"
+        if not things:
+            raise KilnError("bad-subject", f"Collection {title} is empty.", "Choose a collection that holds the object to rebuild.")
+        if collection.hide_render:
+            raise KilnError("bad-subject", f"Collection {title} is hidden in renders.", "Turn its camera icon on in the Outliner.")
+    else:
+        if objects is None:
+            objects = [thing for thing in layer.objects if thing.select_get(view_layer=layer)]
+            active = layer.objects.active
+            if active is not None and active not in objects and active.mode != "OBJECT":
+                objects.append(active)
+        things = list(objects)
+        if not things:
+            raise KilnError("nothing-selected", "Nothing is selected.", "Select the object to rebuild, or choose a collection.")
+        kind = "object" if len(things) == 1 else "objects"
+        title = things[0].name if kind == "object" else f"{_first(things, layer).name} and {len(things) - 1} more"
+    _refuse_what_cannot_render(things, title, kind, scene, layer)
+    ids = tuple(thing.session_uid for thing in things)
+    return Subject(title, kind, scene.session_uid, layer.name, ids, collection.session_uid if collection is not None else None)
+
+
+def _first(things: list[bpy.types.Object], layer: bpy.types.ViewLayer) -> bpy.types.Object:
+    return layer.objects.active if layer.objects.active in things else things[0]
+
+
+def _refuse_what_cannot_render(things, title, kind, scene, layer) -> None:
+    could = [thing for thing in things if thing.type in SURFACES or thing.is_instancer or thing.instance_type != "NONE"]
+    if not could:
+        if kind == "object":
+            what = things[0].type.replace("_", " ").lower()
+            article = "an" if what[0] in "aeiou" else "a"
+            raise KilnError(
+                "bad-subject",
+                f"{title} is {article} {what}: it has no surface to rebuild.",
+                "Select a mesh, a curve, a text, hair, or an empty that instances a collection.",
+            )
+        raise KilnError("bad-subject", f"{title}: none of these objects has a surface to rebuild.", "Select at least one mesh among them.")
+    if kind == "collection":
+        hidden = all(thing.hide_render for thing in could)
+    else:
+        rendered = _rendered(scene, layer)
+        hidden = not any(thing in rendered for thing in could)
+        if hidden and kind == "object" and things[0].name not in scene.objects:
+            raise KilnError("bad-subject", f"{title} is not in scene {scene.name}.", "Link it to the scene, or choose an object of this scene.")
+    if hidden:
+        be = "is" if kind == "object" else "are all"
+        raise KilnError("bad-subject", f"{title} {be} hidden in renders.", "Turn the camera icon on in the Outliner, of the object and its collection.")
+
+
+def _rendered(scene: bpy.types.Scene, layer: bpy.types.ViewLayer) -> set[bpy.types.Object]:
+    """The objects of a view layer that neither they themselves nor all of their collections hide from renders."""
+    found, waiting = set(), [layer.layer_collection]
+    while waiting:
+        branch = waiting.pop()
+        if branch.exclude or branch.collection.hide_render:
+            continue
+        found.update(thing for thing in branch.collection.objects if not thing.hide_render)
+        waiting.extend(branch.children)
+    return found
+
+
+# Where the cameras stand
+
+
+def directions(count: int) -> np.ndarray:
+    """`count` unit vectors (count, 3) from the subject to its cameras: both poles and evenly spaced rings between them, each turned
+    against the next; fewer than six stand on one ring, up and down in turn. 24 are three rings; 48 are five."""
+    if count < 6:
+        elevations = np.where(np.arange(count) % 2, -1, 1) * math.radians(35.26)  # four make a tetrahedron
+        return _on_sphere(np.arange(count) / count * 2 * math.pi - math.pi / 2, elevations)
+    rings = min(range(1, 40), key=lambda r: abs(2 + sum(_ring_lengths(r)) * (r + 1) / math.pi - count))
+    lengths = np.array(_ring_lengths(rings))
+    ends = np.round(np.cumsum(lengths) / lengths.sum() * (count - 2)).astype(int)
+    sizes = np.diff(ends, prepend=0)
+    found = [[[0.0, 0.0, 1.0]]]
+    for ring, size in enumerate(sizes):
+        elevation = math.pi / 2 - math.pi * (ring + 1) / (rings + 1)
+        angles = (np.arange(size) + 0.5 * (ring % 2)) / max(size, 1) * 2 * math.pi - math.pi / 2
+        found.append(_on_sphere(angles, np.full(size, elevation)))
+    return np.concatenate([*found, [[0.0, 0.0, -1.0]]])
+
+
+def _ring_lengths(rings: int) -> list[float]:
+    return [2 * math.pi * math.sin(math.pi * (ring + 1) / (rings + 1)) for ring in range(rings)]
+
+
+def between(taken: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """`count` unit vectors (count, 3), each the candidate of 100 random ones that lies farthest from all before it."""
+    random = np.random.default_rng(seed)
+    taken = np.asarray(taken)
+    chosen = np.empty((0, 3))
+    for _ in range(count):
+        candidates = random.normal(size=(100, 3))
+        candidates /= np.linalg.norm(candidates, axis=1, keepdims=True)
+        nearest = (candidates @ np.concatenate([taken, chosen]).T).max(1)
+        chosen = np.concatenate([chosen, candidates[nearest.argmin()][None]])
+    return chosen
+
+
+def _on_sphere(azimuth: np.ndarray, elevation: np.ndarray) -> np.ndarray:
+    return np.stack([np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation)], 1)
+
+
+def _fibonacci(count: int) -> np.ndarray:
+    height = 1 - (2 * np.arange(count) + 1) / count
+    return _on_sphere(np.arange(count) * math.pi * (3 - math.sqrt(5)), np.arcsin(height))
+
+
+def _looking_inwards(direction: np.ndarray) -> Quaternion:
+    """The rotation of a camera in `direction` that looks at the origin, upright (at the poles, +Y is up)."""
+    up = Vector((0, 0, 1)) if abs(direction[2]) < 0.999 else Vector((0, 1, 0))
+    back = Vector(direction).normalized()
+    right = up.cross(back).normalized()
+    return Matrix((right, back.cross(right), back)).transposed().to_quaternion()
+
+
+# What renders: measured on the evaluated scene
+
+
+@dataclass
+class _Evaluated:
+    """What a render engine is given of the subject. Blender units, world axes."""
+
+    points: list[np.ndarray] = field(default_factory=list)  # extreme points, (n, 3) each
+    surfaces: int = 0
+    materials: set[int] = field(default_factory=set)  # session_uid
+    bare: set[int] = field(default_factory=set)  # objects with a surface without material, session_uid
+
+
+class _Probe(bpy.types.RenderEngine):
+    """A render engine that measures instead of rendering: the only way to see modifiers, particles and visibility as they render."""
+
+    bl_idname = "KILN_PROBE"
+    bl_label = "Kiln"
+    outcome: _Evaluated | Exception | None = None
+
+    def render(self, depsgraph: bpy.types.Depsgraph) -> None:
+        try:
+            _Probe.outcome = _evaluated(depsgraph)
+        except Exception as error:  # Blender would print it and go on; _measure raises it again
+            _Probe.outcome = error
+
+
+def _measure(scene: bpy.types.Scene) -> _Evaluated:
+    bpy.utils.register_class(_Probe)
+    before = scene.render.engine
+    try:
+        scene.render.engine = _Probe.bl_idname
+        _Probe.outcome = None
+        bpy.ops.render.render(scene=scene.name)
+    finally:
+        scene.render.engine = before
+        bpy.utils.unregister_class(_Probe)
+    if not isinstance(_Probe.outcome, _Evaluated):
+        raise _Probe.outcome or KilnError("capture-failed", "Blender did not evaluate the scene.", "Try again; if it stays so, restart Blender.")
+    return _Probe.outcome
+
+
+def _evaluated(depsgraph: bpy.types.Depsgraph) -> _Evaluated:
+    found = _Evaluated()
+    cache: dict[int, np.ndarray] = {}  # extreme points of shared geometry, in its own frame, by its address
+    for instance in depsgraph.object_instances:
+        thing = instance.object
+        if thing.type not in SURFACES:
+            continue
+        matrix = np.array(instance.matrix_world, np.float64)
+        if instance.show_self:
+            key = thing.data.as_pointer()
+            if key not in cache:
+                points = _surface_points(thing)
+                cache[key] = points[_extremes(points @ matrix[:3, :3].T)]
+            if len(cache[key]):
+                found.surfaces += 1
+                found.points.append(cache[key] @ matrix[:3, :3].T + matrix[:3, 3])
+                _note_materials(thing, found)
+        if instance.show_particles:
+            strands = _hair_points(thing)
+            if len(strands):
+                found.surfaces += 1
+                found.points.append(strands)
+                _note_materials(thing, found)
+    return found
+
+
+def _surface_points(thing: bpy.types.Object) -> np.ndarray:
+    """The corners (n, 3) of an evaluated object's surface in its own frame; none where it has no faces."""
+    if thing.type in ("CURVES", "POINTCLOUD"):
+        position = thing.data.attributes.get("position")
+        return np.empty((0, 3)) if position is None else _read(position.data, "vector", 3)
+    mesh = thing.data if thing.type == "MESH" else thing.to_mesh()
+    try:
+        if mesh is None or len(mesh.polygons) == 0:
+            return np.empty((0, 3))
+        used = np.zeros(len(mesh.vertices), bool)
+        used[_read(mesh.loops, "vertex_index", 1, np.int32)[:, 0]] = True
+        return _read(mesh.vertices, "co", 3)[used]
+    finally:
+        if thing.type != "MESH":
+            thing.to_mesh_clear()
+
+
+def _hair_points(thing: bpy.types.Object) -> np.ndarray:
+    """Points (n, 3) of an object's legacy particle hair, in the world; every strand up to some thousands."""
+    points = []
+    for modifier in thing.modifiers:
+        if modifier.type != "PARTICLE_SYSTEM" or not modifier.show_render:
+            continue
+        system, settings = modifier.particle_system, modifier.particle_system.settings
+        if settings.type != "HAIR" or settings.render_type != "PATH":
+            continue
+        parents, children = len(system.particles), len(system.child_particles)
+        # Children replace their parents unless both are asked for, and come after them in the numbering.
+        strands = range(0 if children == 0 or settings.use_parent_particles else parents, parents + children)
+        last = 2**settings.render_step
+        for strand in strands[:: 1 + len(strands) // 4000]:
+            points += [system.co_hair(thing, particle_no=strand, step=step) for step in (0, last // 2, last)]
+    return np.array(points, np.float64).reshape(-1, 3)
+
+
+def _read(collection, attribute: str, width: int, dtype=np.float32) -> np.ndarray:
+    values = np.empty(len(collection) * width, dtype)
+    collection.foreach_get(attribute, values)
+    return values.reshape(-1, width)
+
+
+def _note_materials(thing: bpy.types.Object, found: _Evaluated) -> None:
+    slots = [slot.material for slot in thing.material_slots]
+    given = slots + list(getattr(thing.data, "materials", ()))  # geometry nodes set materials on the data alone
+    found.materials.update(material.original.session_uid for material in given if material is not None)
+    if None in slots or not any(given):
+        found.bare.add(thing.original.session_uid)
+
+
+AXES_AND_MORE = np.concatenate([np.eye(3), -np.eye(3), _fibonacci(300)])  # no direction is farther than 7.2 degrees from one of these
+
+
+def _extremes(points: np.ndarray) -> np.ndarray:
+    """Indices of the points that reach farthest in each of some hundred directions, the axes among them."""
+    if len(points) <= len(AXES_AND_MORE):
+        return np.arange(len(points))
+    best = np.full(len(AXES_AND_MORE), -np.inf)
+    which = np.zeros(len(AXES_AND_MORE), np.int64)
+    for start in range(0, len(points), 1 << 16):
+        reach = points[start : start + (1 << 16)] @ AXES_AND_MORE.T
+        local = reach.argmax(0)
+        value = np.take_along_axis(reach, local[None], 0)[0]
+        better = value > best
+        best[better], which[better] = value[better], local[better] + start
+    return np.unique(which)
+
+
+def bounding_sphere(points: np.ndarray) -> tuple[np.ndarray, float]:
+    """Centre (3,) and radius of a sphere around `points` (n, 3) within 1 % of the smallest: Badoiu and Clarkson 2003, a step towards the
+    farthest point, each shorter than the last."""
+    centre = (points.min(0) + points.max(0)) / 2
+    for step in range(1, 1000):
+        farthest = points[((points - centre) ** 2).sum(1).argmax()]
+        centre = centre + (farthest - centre) / (step + 1)
+    return centre, float(np.sqrt(((points - centre) ** 2).sum(1).max()))
+
+
+# The temporary scene
+
+
+@contextmanager
+def _stage(subject: Subject) -> Iterator[bpy.types.Scene]:
+    """A scene with the subject alone and a camera, like the user's in frame, units, simplification and physics; gone afterwards."""
+    user_scene = _by_id(bpy.data.scenes, subject.scene, f"The scene of {subject.title}")
+    things = [_by_id(bpy.data.objects, thing, subject.title) for thing in subject.objects]
+    collection = _by_id(bpy.data.collections, subject.collection, subject.title) if subject.collection is not None else None
+    had_result = _render_result() is not None
+    handlers = {name: list(getattr(bpy.app.handlers, name)) for name in RENDER_HANDLERS}
+    scene = camera = None
+    try:
+        for name in RENDER_HANDLERS:  # other add-ons would take our renders for the user's
+            getattr(bpy.app.handlers, name).clear()
+        scene = user_scene.copy()
+        scene.name = "Kiln capture"
+        camera = bpy.data.cameras.new("Kiln capture")
+        _isolate(scene, things, collection)
+        eye = bpy.data.objects.new("Kiln capture", camera)
+        eye.rotation_mode = "QUATERNION"
+        scene.collection.objects.link(eye)
+        scene.camera = eye
+        yield scene
+    finally:
+        if scene is not None:
+            scene.render.use_persistent_data = False  # frees what the engine kept
+            bpy.data.scenes.remove(scene)
+        if camera is not None:
+            bpy.data.cameras.remove(camera)  # and with it its object
+        for name, before in handlers.items():
+            getattr(bpy.app.handlers, name)[:] = before
+        if not had_result and _render_result() is not None:
+            bpy.data.images.remove(_render_result())
+
+
+def _render_result() -> bpy.types.Image | None:
+    return next((image for image in bpy.data.images if image.type == "RENDER_RESULT"), None)
+
+
+def _by_id(collection, session_uid: int, name: str):
+    found = next((entry for entry in collection if entry.session_uid == session_uid), None)
+    if found is None:
+        raise KilnError("subject-changed", f"{name} was removed, or its removal undone.", "Select the object again and start anew.")
+    return found
+
+
+def _isolate(scene: bpy.types.Scene, things: list[bpy.types.Object], collection: bpy.types.Collection | None) -> None:
+    user_objects = list(scene.collection.all_objects)
+    for child in list(scene.collection.children):
+        scene.collection.children.unlink(child)
+    for thing in list(scene.collection.objects):
+        scene.collection.objects.unlink(thing)
+    layer = scene.view_layers.new(LAYER)  # without the user's overrides, passes and exclusions
+    for other in [other for other in scene.view_layers if other != layer]:
+        scene.view_layers.remove(other)
+    layer.name = LAYER
+    scene.animation_data_clear()  # keyed render settings would move ours
+    scene.timeline_markers.clear()  # they may switch the camera
+    scene.background_set = None
+    if collection is not None:
+        scene.collection.children.link(collection)
+    else:
+        for thing in things:
+            _link(scene, thing)
+        for thing in things:
+            if thing.instance_type in ("VERTS", "FACES"):  # these instance their children, which must be in the scene for it
+                for child in thing.children_recursive:
+                    _link(scene, child)
+    for thing in user_objects:
+        if thing.type == "EMPTY" and thing.field is not None and thing.field.type != "NONE" and not thing.hide_render:
+            _link(scene, thing)  # forces are looked up in the scene
+
+
+def _link(scene: bpy.types.Scene, thing: bpy.types.Object) -> None:
+    if thing.name not in scene.collection.all_objects or thing not in scene.collection.all_objects[:]:
+        scene.collection.objects.link(thing)
+
+
+def _common_settings(scene: bpy.types.Scene, size: int) -> None:
+    render = scene.render
+    render.resolution_x = render.resolution_y = size
+    render.resolution_percentage = 100
+    render.pixel_aspect_x = render.pixel_aspect_y = 1.0
+    render.film_transparent = True
+    render.dither_intensity = 0.0
+    render.use_persistent_data = True  # only the camera moves from one view to the next
+    render.use_overwrite = render.use_file_extension = True
+    for name in (
+        "use_border", "use_crop_to_border", "use_multiview", "use_motion_blur", "use_freestyle", "use_compositing", "use_sequencer", "use_placeholder"
+    ):  # fmt: skip
+        setattr(render, name, False)
+    for name in [name for name in dir(render) if name.startswith("use_stamp")]:
+        setattr(render, name, False)  # dates and times in a file would change its hash
+    try:
+        scene.display_settings.display_device = "sRGB"
+        scene.view_settings.view_transform = "Standard"
+    except TypeError as error:
+        raise KilnError(
+            "capture-failed",
+            "This Blender's colour configuration has no Standard view for sRGB.",
+            "Start Blender without the OCIO environment variable.",
+        ) from error
+    view = scene.view_settings
+    view.look = "None"
+    view.gamma = 1.0
+    for name in ("use_curve_mapping", "use_white_balance"):
+        if hasattr(view, name):
+            setattr(view, name, False)
+
+
+def _picture_format(scene: bpy.types.Scene, file_format: str) -> None:
+    settings = scene.render.image_settings
+    if hasattr(settings, "media_type"):  # from 5.0 on, and before the format
+        settings.media_type = "MULTI_LAYER_IMAGE" if file_format == "OPEN_EXR_MULTILAYER" else "IMAGE"
+    settings.file_format = file_format
+    settings.color_mode = "RGBA"
+    settings.color_management = "FOLLOW_SCENE"
+    if file_format == "PNG":
+        settings.color_depth = "8"
+        settings.compression = 15
+    else:
+        settings.color_depth = "32"
+        settings.exr_codec = "ZIP"
+        if hasattr(settings, "use_exr_interleave"):
+            settings.use_exr_interleave = True
+
+
+def _cycles(scene: bpy.types.Scene, samples: int, bounces: bool, filter_width: float) -> None:
+    """Cycles with exactly `samples` samples a pixel, for data (`bounces` False) or for light."""
+    try:
+        scene.render.engine = "CYCLES"
+    except TypeError:
+        raise KilnError("capture-failed", "Cycles is turned off.", "Enable the add-on Cycles Render Engine in the preferences.") from None
+    cycles = scene.cycles
+    cycles.device = "GPU" if bpy.context.preferences.addons["cycles"].preferences.has_active_device() else "CPU"
+    cycles.samples = samples
+    cycles.time_limit = 0.0
+    cycles.seed = 0
+    cycles.use_animated_seed = cycles.use_adaptive_sampling = False
+    cycles.pixel_filter_type = "BOX" if filter_width < 0.1 else "BLACKMAN_HARRIS"
+    cycles.filter_width = filter_width
+    cycles.use_camera_cull = cycles.use_distance_cull = False
+    cycles.transparent_max_bounces = max(cycles.transparent_max_bounces, 64)  # leaves and hair stand many deep
+    cycles.use_denoising = bounces
+    if not bounces:
+        cycles.max_bounces = cycles.min_light_bounces = cycles.min_transparent_bounces = 0
+        cycles.film_exposure = 1.0
+        cycles.film_transparent_glass = False
+        scene.view_settings.exposure = 0.0
+
+
+@contextmanager
+def _colors(scene: bpy.types.Scene, subject: Subject, p: recipes.Capture, evaluated: _Evaluated) -> Iterator[None]:
+    """The scene set to render `p.color` into PNG files."""
+    _common_settings(scene, p.size)
+    _picture_format(scene, "PNG")
+    with ExitStack() as undo:
+        if p.color == "base_color":
+            _cycles(scene, p.samples, bounces=False, filter_width=1.5)
+            scene.world = undo.enter_context(_white_world())
+            materials = [material for material in bpy.data.materials if material.session_uid in evaluated.materials]
+            bare = [thing for thing in bpy.data.objects if thing.session_uid in evaluated.bare]
+            if not materials:
+                scene.view_layers[LAYER].material_override = undo.enter_context(base_color.plain(base_color.GREY))
+            else:
+                undo.enter_context(base_color.shown(materials, bare))
+        else:
+            _add_lights(scene, subject)
+            if p.color == "cycles":
+                _cycles(scene, p.samples, bounces=True, filter_width=1.5)
+            else:
+                scene.render.engine = "BLENDER_EEVEE_NEXT" if bpy.app.version < (5, 0, 0) else "BLENDER_EEVEE"
+                scene.eevee.taa_render_samples = p.samples
+        yield
+
+
+@contextmanager
+def _geometry(scene: bpy.types.Scene, p: recipes.Capture) -> Iterator[None]:
+    """The scene set to render depth and normals through the pixels' centres into multilayer EXR files, materials untouched."""
+    _common_settings(scene, p.size)
+    _picture_format(scene, "OPEN_EXR_MULTILAYER")
+    _cycles(scene, samples=1, bounces=False, filter_width=0.01)
+    scene.world = None
+    layer = scene.view_layers[LAYER]
+    layer.use_pass_z = layer.use_pass_normal = True
+    yield
+
+
+@contextmanager
+def _white_world() -> Iterator[bpy.types.World]:
+    """Lights what base_color cannot turn into emission (a script's shader, geometry that nodes make without a material)."""
+    world = bpy.data.worlds.new("Kiln capture")
+    try:
+        if world.node_tree is None:
+            world.use_nodes = True
+        next(node for node in world.node_tree.nodes if node.bl_idname == "ShaderNodeBackground").inputs["Color"].default_value = (1, 1, 1, 1)
+        yield world
+    finally:
+        bpy.data.worlds.remove(world)
+
+
+def _add_lights(scene: bpy.types.Scene, subject: Subject) -> None:
+    user_scene = _by_id(bpy.data.scenes, subject.scene, f"The scene of {subject.title}")
+    layer = user_scene.view_layers.get(subject.view_layer) or user_scene.view_layers[0]
+    for thing in _rendered(user_scene, layer):
+        if thing.type in ("LIGHT", "LIGHT_PROBE"):
+            _link(scene, thing)
+
+
+def _render(scene: bpy.types.Scene, path: Path) -> None:
+    scene.render.filepath = str(path)
+    path.unlink(missing_ok=True)
+    try:
+        outcome = bpy.ops.render.render(write_still=True, scene=scene.name)
+    except RuntimeError as error:
+        reason = str(error).removeprefix("Error: ").strip()
+        raise KilnError("capture-failed", f"Blender could not render a view: {reason}", "Check the free space on the disk.") from error
+    if "FINISHED" not in outcome or not path.is_file():
+        raise KilnError("capture-failed", "Blender stopped rendering a view.", "Wait until other renders are done, and start anew.")
+
+
+# The capture itself
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A finished capture, in plain values."""
+
+    inputs: dict[str, Path]  # what a job uploads, by the name in its folder
+    cameras: list[np.ndarray]  # camera-to-world 4x4, OpenGL axes, metres; held-out views last
+    source: dict  # JSON: what import_asset needs to place and name the result
+    thumbnail: Path  # the picture that shows the subject from the front, from above
+
+
+class Capture:
+    """Renders a subject view by view. `step()` does a little and returns whether more is to do; `finish()` returns the outcome.
+
+    Between steps nothing of the capture is in the file. `close()` may come at any time and removes a picture that was left half done.
+    """
+
+    def __init__(self, subject: Subject, p: recipes.Capture, folder: Path, seed: int = 0):
+        """Evaluates the subject once as it renders, which finds its size and places the cameras.
+
+        Raises KilnError("bad-subject") where it has no faces or no size, "busy" while Blender renders.
+        """
+        self.subject, self.p, self.folder = subject, p, Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _idle(), _stage(subject) as scene:
+            self._evaluated = _measure(scene)
+            self._pose = _pose(subject)
+            self._unit = scene.unit_settings.scale_length
+        if not self._evaluated.surfaces:
+            raise KilnError(
+                "bad-subject",
+                f"{subject.title} has no faces, hair or instances that render.",
+                "Add some, or check the modifiers' and particles' visibility in renders.",
+            )
+        points = np.concatenate(self._evaluated.points)
+        points = points[_extremes(points)]
+        self._lowest, self._highest = points.min(0), points.max(0)
+        self._centre, self._radius = bounding_sphere(points)
+        if not np.isfinite(self._radius) or self._radius <= 1e-6 * max(1e-3, float(np.abs(self._centre).max())):
+            raise KilnError("bad-subject", f"{subject.title} has no size: all its points lie in one place.", "Check its scale.")
+        fitted = directions(p.views)
+        self._directions = np.concatenate([fitted, between(fitted, p.holdout, seed)])
+        self._matrices = [self._camera(direction) for direction in self._directions]
+        self._tasks = [("color", view) for view in range(len(self._directions))]
+        if p.geometry:
+            self._tasks += [("geometry", view) for view in range(len(self._directions))]
+        self.steps, self.done = len(self._tasks), 0
+
+    def step(self) -> bool:
+        """Render the next view, or the next few where preparing the scene takes long beside rendering it; True while views remain."""
+        if self.done == self.steps:
+            return False
+        kind = self._tasks[self.done][0]
+        with _idle(), _stage(self.subject) as scene:
+            if _pose(self.subject) != self._pose:
+                raise KilnError("subject-changed", f"{self.subject.title} moved while it was captured.", "Leave it as it is until all views are rendered.")
+            prepare = _colors(scene, self.subject, self.p, self._evaluated) if kind == "color" else _geometry(scene, self.p)
+            with prepare:
+                started = time.perf_counter()
+                first = None
+                while self.done < self.steps and self._tasks[self.done][0] == kind:
+                    self._view(scene, kind, self._tasks[self.done][1])
+                    self.done += 1
+                    spent = time.perf_counter() - started
+                    first = spent if first is None else first
+                    if spent > 3 * first or spent > max(0.25, 1.5 * first):
+                        break
+        return self.done < self.steps
+
+    def finish(self) -> Captured:
+        """Write transforms.json and return everything. Raises KilnError("bad-subject") if no view shows anything."""
+        if self.done < self.steps:
+            raise RuntimeError("finish() comes after the last step()")
+        table = self._table()
+        (self.folder / "transforms.json").write_text(json.dumps(table, indent=1), encoding="utf-8")
+        fingerprint, names = hashlib.sha256(), ["transforms.json"]
+        for entry in table["frames"]:
+            names += [entry[key] for key in ("file_path", "geometry_file_path") if key in entry]
+            fingerprint.update((self.folder / entry["file_path"]).read_bytes())
+        front = int((self._directions[: self.p.views] @ np.array([0.45, -0.8, 0.4])).argmax())
+        thumbnail = self.folder / _color_name(front)
+        inputs = {name: self.folder / name for name in names}
+        return Captured(inputs, self._matrices, self._source(fingerprint.hexdigest()), thumbnail)
+
+    def close(self) -> None:
+        (self.folder / "view.exr").unlink(missing_ok=True)
+
+    def _camera(self, direction: np.ndarray) -> np.ndarray:
+        """Camera-to-world (4, 4) in metres, as Blender will hold it in single precision."""
+        place = Vector(self._centre + direction * self._distance)
+        matrix = np.array(Matrix.LocRotScale(place, _looking_inwards(direction), None), np.float64)
+        matrix[:3, 3] *= self._unit
+        return matrix
+
+    @property
+    def _distance(self) -> float:
+        return self._radius * MARGIN / math.sin(FIELD_OF_VIEW / 2)
+
+    def _view(self, scene: bpy.types.Scene, kind: str, view: int) -> None:
+        eye, direction = scene.camera, self._directions[view]
+        eye.location = Vector(self._centre + direction * self._distance)
+        eye.rotation_quaternion = _looking_inwards(direction)
+        eye.data.sensor_fit = "HORIZONTAL"
+        eye.data.angle = FIELD_OF_VIEW
+        eye.data.clip_start = (self._distance - self._radius) * 0.5
+        eye.data.clip_end = (self._distance + self._radius) * 2.0
+        if kind == "color":
+            _render(scene, self.folder / _color_name(view))
+            return
+        _render(scene, self.folder / "view.exr")
+        channels = exr.read(self.folder / "view.exr")
+        depth = channels[f"{LAYER}.Depth.Z"]
+        there = (depth > 0) & (depth < BACKGROUND_DEPTH)
+        normal = np.stack([channels[f"{LAYER}.Normal.{axis}"] for axis in "XYZ"], -1)
+        normal /= np.maximum(np.linalg.norm(normal, axis=-1, keepdims=True), 1e-6)
+        np.savez_compressed(
+            self.folder / _geometry_name(view),
+            depth=np.where(there, depth * self._unit, 0).astype(np.float32),
+            normal=np.where(there[..., None], normal, 0).astype(np.float16),
+        )
+        (self.folder / "view.exr").unlink()
+
+    def _table(self) -> dict:
+        size = self.p.size
+        focal = size / 2 / math.tan(FIELD_OF_VIEW / 2)
+        frames = []
+        for view, matrix in enumerate(self._matrices):
+            entry = {"file_path": _color_name(view)}
+            if self.p.geometry:
+                entry["geometry_file_path"] = _geometry_name(view)
+            entry["split"] = "train" if view < self.p.views else "holdout"
+            entry["transform_matrix"] = matrix.tolist()
+            frames.append(entry)
+        return {"w": size, "h": size, "fl_x": focal, "fl_y": focal, "cx": size / 2, "cy": size / 2, "frames": frames}
+
+    def _source(self, fingerprint: str) -> dict:
+        scene = _by_id(bpy.data.scenes, self.subject.scene, f"The scene of {self.subject.title}")
+        first = _by_id(bpy.data.objects, self.subject.objects[0], self.subject.title)
+        if self.subject.kind == "object":
+            location, rotation, _ = first.matrix_world.decompose()
+        else:
+            location = Vector(((self._lowest + self._highest) / 2)[:2].tolist() + [float(self._lowest[2])])
+            rotation = Quaternion()
+        return {
+            "title": self.subject.title,
+            "kind": self.subject.kind,
+            "object": first.name,
+            "collection": _by_id(bpy.data.collections, self.subject.collection, "").name if self.subject.collection is not None else "",
+            "scene": scene.name,
+            "location": list(location),  # Blender units
+            "rotation": list(rotation),  # quaternion, w first
+            "unit_scale": self._unit,  # metres in a Blender unit
+            "dimensions": (self._highest - self._lowest).tolist(),  # Blender units, world axes
+            "frame": scene.frame_current,
+            "fingerprint": fingerprint,  # sha256 over the colour pictures
+            "blender": bpy.app.version_string,
+        }
+
+
+def capture(subject: Subject, p: recipes.Capture, folder: Path, seed: int = 0, report=None) -> Captured:
+    """All views at once. `report(done, steps)` is called after each step."""
+    work = Capture(subject, p, folder, seed)
+    try:
+        while work.step():
+            if report is not None:
+                report(work.done, work.steps)
+        return work.finish()
+    finally:
+        work.close()
+
+
+@contextmanager
+def _idle() -> Iterator[None]:
+    """Refuse to start while Blender renders; leave its progress cursor alone."""
+    if bpy.app.is_job_running("RENDER"):
+        raise KilnError("busy", "Blender is rendering.", "Wait until the render is done, and start anew.")
+    yield
+
+
+def _pose(subject: Subject) -> tuple:
+    """What must stay the same from view to view: the frame, and where the objects are."""
+    scene = _by_id(bpy.data.scenes, subject.scene, f"The scene of {subject.title}")
+    places = [tuple(value for row in _by_id(bpy.data.objects, thing, subject.title).matrix_world for value in row) for thing in subject.objects]
+    return scene.frame_current, scene.frame_subframe, tuple(places)
+
+
+def _color_name(view: int) -> str:
+    return f"color_{view:03}.png"
+
+
+def _geometry_name(view: int) -> str:
+    return f"geometry_{view:03}.npz"

@@ -1,0 +1,54 @@
+"""The extension as Blender sees it: assembled into a folder, enabled as bl_ext.kiln_test.kiln, and an empty scene for every test."""
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRATCH = Path(tempfile.mkdtemp(prefix="kiln-blender-"))
+os.environ["BLENDER_USER_RESOURCES"] = str(SCRATCH / "user")  # before bpy is imported: nobody's own preferences count
+
+import addon_utils  # noqa: E402
+import bpy  # noqa: E402
+import pytest  # noqa: E402
+
+REPOSITORY, MODULE = "kiln_test", "bl_ext.kiln_test.kiln"
+
+
+def assemble(folder: Path) -> None:
+    """The extension's folder: blender_addon/ with protocol/ as its subpackage."""
+    skip = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "blender_addon", folder, ignore=skip)
+    shutil.copytree(ROOT / "protocol", folder / "protocol", ignore=skip)
+
+
+def enable() -> None:
+    """Factory settings with the extension switched on, and an empty scene."""
+    bpy.ops.wm.read_factory_settings(use_empty=True)
+    repositories = bpy.context.preferences.extensions.repos
+    if REPOSITORY not in [repository.module for repository in repositories]:
+        repositories.new(name=REPOSITORY, module=REPOSITORY, custom_directory=str(SCRATCH / "extensions"))
+    bpy.ops.preferences.addon_refresh()
+    if addon_utils.enable(MODULE, default_set=True) is None:
+        raise RuntimeError(f"{MODULE} does not register; the reason stands above")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "oldest: also run under the oldest Blender that the extension promises, 4.2")
+    assemble(SCRATCH / "extensions" / "kiln")
+    enable()
+
+
+def pytest_unconfigure(config):
+    if MODULE in sys.modules:
+        addon_utils.disable(MODULE)
+    shutil.rmtree(SCRATCH, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def empty_scene():
+    """Every test begins with an empty file and the extension enabled."""
+    enable()
+    yield
