@@ -1,0 +1,315 @@
+"""`python -m backend.worker`: the process that computes. It takes commands from jobs.py on its standard input and reports on its standard
+output, as frames of a 4-byte length (big-endian) and a msgpack map; what libraries print goes to its standard error, a log file.
+
+In: `run` (job, recipe, parameters, inputs: name -> [path, hash], folder, stages, stages_bytes), `cancel` (job), `quit`. Out: `ready`
+(device), `alive` every 2 s, and for a job: `stage`, `progress`, `preview` (PNG), `log`, then one of `done` (results: names), `failed`
+(error), `cancelled`. The process ends by itself when its standard input closes: it never outlives the server.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import hashlib
+import importlib
+import io
+import os
+import queue
+import shutil
+import signal
+import struct
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import msgpack
+
+from backend import disk
+from backend.pipelines import PIPELINES
+from backend.store import CHUNK, check_name
+from protocol import recipes
+from protocol.errors import Cancelled, KilnError
+
+ALIVE_SECONDS = 2.0
+PROGRESS_SECONDS = 0.1  # at most one progress report in this time
+PREVIEW_SECONDS = 0.5
+PREVIEW_SIZE = 512  # pixels, the longer side at most
+LOG_LINES = 500  # of one job
+LARGEST_FRAME = 64 << 20
+
+
+def write_frame(stream: BinaryIO, message: dict[str, Any]) -> None:
+    packed = msgpack.packb(message)
+    stream.write(struct.pack(">I", len(packed)) + packed)
+    stream.flush()
+
+
+def read_frame(stream: BinaryIO) -> dict[str, Any] | None:
+    """The next message, or None at the end of the stream (in the middle of a message too: its writer was killed)."""
+    head = stream.read(4)
+    if len(head) < 4:
+        return None
+    (length,) = struct.unpack(">I", head)
+    if length > LARGEST_FRAME:
+        raise ValueError(f"a frame of {length} bytes")
+    packed = stream.read(length)
+    return msgpack.unpackb(packed) if len(packed) == length else None
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the server's terminal: the server decides what becomes of the job
+    if hasattr(os, "nice"):
+        os.nice(5)  # Blender and the server come first; on Windows jobs.py sets the priority
+    commands, replies = _take_pipes()
+    lock = threading.Lock()
+
+    def send(message: dict[str, Any]) -> None:
+        with lock:
+            try:
+                write_frame(replies, message)
+            except OSError:
+                os._exit(0)  # the server is gone
+
+    todo: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    cancelled: set[str] = set()
+
+    def listen() -> None:
+        while command := read_frame(commands):
+            if command["command"] == "run":
+                todo.put(command)
+            elif command["command"] == "cancel":
+                cancelled.add(command["job"])
+            else:
+                break
+        os._exit(0)  # at once, in the middle of a step too: stages are written whole or not at all
+
+    def beat() -> None:
+        while True:
+            send({"kind": "alive"})
+            time.sleep(ALIVE_SECONDS)
+
+    threading.Thread(target=listen, daemon=True).start()
+    threading.Thread(target=beat, daemon=True).start()
+    send({"kind": "ready", "device": warm_up(todo)})
+    while True:
+        command = todo.get()
+        job = command["job"]
+        outcome = run_job(command, lambda event, job=job: send({"job": job, **event}), lambda job=job: job in cancelled)
+        cancelled.discard(job)
+        send({"job": job, **outcome})
+        _free_memory()
+
+
+def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
+    """Takes standard input and output for the server alone; whatever else reads gets nothing, whatever else prints goes to the log."""
+    commands, replies = os.dup(0), os.dup(1)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    if sys.platform == "win32":
+        import msvcrt
+
+        for handle in (commands, replies):
+            msvcrt.setmode(handle, os.O_BINARY)
+    faulthandler.enable(sys.stderr)
+    return os.fdopen(commands, "rb"), os.fdopen(replies, "wb")
+
+
+def warm_up(todo: queue.SimpleQueue | None = None) -> dict[str, Any]:
+    """Loads what every job needs, and what takes long the first time unless a job already waits. Returns the device."""
+    modules = []
+    for module, _ in PIPELINES.values():
+        try:
+            modules.append(importlib.import_module(module))
+        except Exception:  # the job that needs it says so; the others run
+            traceback.print_exc()
+    found = device()
+    for module in modules:
+        if hasattr(module, "warm_up") and (todo is None or todo.empty()):
+            try:
+                module.warm_up()
+            except Exception:
+                traceback.print_exc()
+    return found
+
+
+def device() -> dict[str, Any]:
+    """What the worker computes on: `kind` (cuda, rocm, mps, cpu), `name`, `memory` and `free_memory` in bytes, `cores`, `torch`."""
+    found: dict[str, Any] = {"kind": "cpu", "name": "CPU", "cores": _cores(), "memory": 0, "free_memory": 0, "torch": None}
+    try:
+        import torch
+
+        found["torch"] = torch.__version__
+        if torch.cuda.is_available():
+            free, total = torch.cuda.mem_get_info()
+            kind = "rocm" if torch.version.hip else "cuda"
+            found.update(kind=kind, name=torch.cuda.get_device_name(), memory=total, free_memory=free)
+            return found
+        if torch.backends.mps.is_available():
+            found.update(kind="mps", name="Apple GPU")
+    except Exception as error:  # a broken driver or build: `kiln doctor` tells more, the CPU still works
+        found["problem"] = f"{type(error).__name__}: {error}"
+    found["memory"], found["free_memory"] = _main_memory()
+    if found["kind"] == "cpu":
+        found["name"] = f"CPU, {found['cores']} cores"
+    return found
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _main_memory() -> tuple[int, int]:
+    """Total and free bytes, (0, 0) where the system does not say."""
+    if sys.platform == "linux":
+        table = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(table["MemTotal"].split()[0]) * 1024, int(table["MemAvailable"].split()[0]) * 1024
+    if sys.platform == "win32":
+        import ctypes
+
+        status = (ctypes.c_ulonglong * 8)()  # MEMORYSTATUSEX: length and load share the first 8 bytes, then total, free, ...
+        status[0] = ctypes.sizeof(status)
+        ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))
+        return status[1], status[2]
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return total, total // 2  # macOS gives pages back as they are asked for; half is a fair guess
+
+
+def run_job(command: dict[str, Any], send: Callable[[dict[str, Any]], None], cancelled: Callable[[], bool]) -> dict[str, Any]:
+    """Runs one job to its end and returns the last message: done, failed or cancelled. Reports go through `send`."""
+    folder = Path(command["folder"])
+    reports = _Reports(send)
+    try:
+        from backend.pipelines.run import Run  # numpy and more: not before the server has its answer
+
+        inputs, results = folder / "inputs", folder / "results"
+        results.mkdir(parents=True, exist_ok=True)
+        lay_out(command["inputs"], inputs)
+        recipe = recipes.make(command["recipe"], command["parameters"])
+        module, name = PIPELINES[command["recipe"]]
+        run = Run(Path(command["stages"]), reports, cancelled, command["stages_bytes"])
+        asset = getattr(importlib.import_module(module), name)(run, inputs, recipe)
+        reports({"kind": "stage", "stage": "Save", "index": run.count, "cached": False})
+        run.progress(0.0)
+        with disk.full_disk_named(folder):
+            asset.save(results)
+        run.progress(1.0)
+        return {"kind": "done", "results": sorted(path.relative_to(results).as_posix() for path in results.rglob("*") if path.is_file())}
+    except Cancelled:
+        return {"kind": "cancelled"}
+    except BaseException as error:
+        if cancelled():  # whatever a library made of the Cancelled that went through it
+            return {"kind": "cancelled"}
+        traceback.print_exc()
+        return {"kind": "failed", "error": describe(error, command, reports.stage).to_wire(), "trace": traceback.format_exc()[-8000:]}
+
+
+def describe(error: BaseException, command: dict[str, Any], stage: str) -> KilnError:
+    """Any exception of a pipeline as an error that says what to do."""
+    if isinstance(error, KilnError):
+        return error
+    if disk.is_full(error):
+        return disk.no_space(Path(command["folder"]))
+    where = f" in {stage!r}" if stage else ""
+    text = str(error).strip().partition("\n")[0][:300]
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+        return out_of_memory(command["recipe"], command["parameters"], f"The memory did not suffice{where}: {text or type(error).__name__}.")
+    return KilnError("internal", f"{type(error).__name__}{where}: {text}.", "This is a defect of Kiln; the job's log holds what a report needs.")
+
+
+def out_of_memory(recipe: str, parameters: dict[str, Any], message: str) -> KilnError:
+    """`KilnError("out-of-memory")` that names the parameters which ask for more than the preset draft does."""
+    draft = recipes.RECIPES[recipe].PRESETS.get("draft", {}) if recipe in recipes.RECIPES else {}
+    large = [
+        f"{name} (now {parameters[name]}, draft {least})"
+        for name, least in draft.items()
+        if isinstance(least, (int, float)) and not isinstance(least, bool) and parameters.get(name, least) > least
+    ]
+    advice = f"Lower {' or '.join(large)}, or close" if large else "Close"
+    return KilnError("out-of-memory", message, f"{advice} other programs that need memory, then retry.")
+
+
+def lay_out(inputs: dict[str, list[str]], folder: Path) -> None:
+    """Makes the job's input folder from artifacts: `inputs` maps relative names to (path, SHA-256). Links, or copies where links cannot be."""
+    folder.mkdir(parents=True)
+    for name, (path, hash) in inputs.items():
+        target = folder / check_name(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with disk.full_disk_named(folder):
+            try:
+                os.link(path, target)
+            except FileNotFoundError:
+                raise damaged(name) from None
+            except OSError:
+                shutil.copyfile(path, target)
+        digest = hashlib.sha256()
+        with open(target, "rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+        if digest.hexdigest() != hash:
+            raise damaged(name)
+
+
+def damaged(name: str) -> KilnError:
+    return KilnError("damaged-input", f"The stored input {name} is damaged.", "Submit the job again: the file is then sent anew.")
+
+
+class _Reports:
+    """Passes a run's reports on, no more often than a person can see, previews as PNG."""
+
+    def __init__(self, send: Callable[[dict[str, Any]], None]):
+        self._send, self.stage = send, ""
+        self._lines = 0
+        self._next_progress = self._next_preview = 0.0
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        now = time.monotonic()
+        if event["kind"] == "stage":
+            self.stage = event["stage"]
+            self._send(event)
+            self._next_progress = 0.0
+        elif event["kind"] == "log":
+            self._lines += 1
+            if self._lines <= LOG_LINES:
+                self._send({"kind": "log", "text": event["text"][:2000]})
+        else:
+            preview = event.get("preview")
+            if preview is not None and now >= self._next_preview:
+                self._send({"kind": "preview", "png": _png(preview)})
+                self._next_preview = time.monotonic() + PREVIEW_SECONDS
+            if now >= self._next_progress:
+                self._send({"kind": "progress", "fraction": event["fraction"], "text": event["text"][:200]})
+                self._next_progress = now + PROGRESS_SECONDS
+
+
+def _png(picture: Any) -> bytes:
+    """H x W x 3, float in [0, 1] or uint8, as a small PNG."""
+    import numpy as np
+    from PIL import Image
+
+    picture = np.asarray(picture)
+    if picture.dtype != np.uint8:
+        picture = (np.clip(np.nan_to_num(picture), 0, 1) * 255 + 0.5).astype(np.uint8)
+    image = Image.fromarray(picture)
+    image.thumbnail((PREVIEW_SIZE, PREVIEW_SIZE))
+    packed = io.BytesIO()
+    image.save(packed, "PNG", compress_level=1)
+    return packed.getvalue()
+
+
+def _free_memory() -> None:
+    """Gives back what the last job held: Blender wants the GPU too."""
+    import gc
+
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
