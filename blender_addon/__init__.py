@@ -1,4 +1,4 @@
-"""Kiln in Blender: renders a selected object, has the backend make an asset of it, and brings that back. `api.py` is the door for scripts."""
+"""Kiln in Blender: renders a selected object, has the backend make an asset of it, and brings that back. Scripts enter by `api.py`."""
 
 from . import api, operators, panel, preferences, properties, session
 

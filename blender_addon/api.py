@@ -4,19 +4,17 @@
     from bl_ext.user_default.kiln import api
 
     asset = api.reconstruct("Suzanne", preset="draft", fit_iterations=500)
-    print(asset.mesh.name, asset.splats.name, asset.report["mesh_psnr"])
+    print(asset.mesh_object.name, asset.collection.name)
 
 Works the same in `blender -b --python script.py` and in Blender's own text editor, where the window waits for the result.
-A parameter is named as in the panel's tooltip and in the recipe's table, with `_` for the dot: `fit.iterations` is `fit_iterations`.
+A parameter is named as in the panel's tooltip and in the recipe's table, with `_` for the dot: `fit.iterations` is `fit_iterations`
+(or itself: `**{"fit.iterations": 500}`).
 What goes wrong is raised as `KilnError`, with `.code` for scripts and `.message` and `.hint` for people.
 """
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterable
-from pathlib import Path
 
 import bpy
 
@@ -31,7 +29,8 @@ __all__ = ["Imported", "KilnError", "reconstruct", "run"]
 def reconstruct(source: str | bpy.types.Object | Iterable[str | bpy.types.Object], preset: str = "standard", **parameters) -> Imported:
     """Captures objects as one subject, reconstructs it, and imports the result beside them.
 
-    `source`: an object, its name, or several of either, in the current scene. `preset` and `parameters`: those of the recipe `reconstruct`.
+    `source`: an object, its name, several of either, or a collection, in the current scene. `preset` and
+    `parameters`: those of the recipe.
     """
     return run("reconstruct", source, preset, **parameters)
 
@@ -42,27 +41,13 @@ def run(recipe: str, source, preset: str = "standard", **parameters) -> Imported
     values = {named.get(name, name): value for name, value in parameters.items()}
     made = recipes.make(recipe, values, preset)  # refuses what is unknown or out of range
     now = session.current
-    subject = capture.subject(bpy.context, objects=_objects(source))
-    now.want_backend()
-    scratch = Path(tempfile.mkdtemp(prefix="views-", dir=now.folder))
-    taken = None
-    try:
-        taken = capture.Capture(subject, made.capture, scratch)
-        for number in range(taken.steps):
-            taken.step()
-            session.terminal(f"{subject.title}: view {number + 1} of {taken.steps}")
-        inputs, origin = taken.finish()
-        job = now.submit(recipe, recipes.values(made), inputs, origin, subject.title, scratch)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    finally:
-        if taken:
-            taken.close()
+    if isinstance(source, bpy.types.Collection):
+        subject = capture.subject(bpy.context, collection=source)
+    else:
+        subject = capture.subject(bpy.context, objects=_objects(source))
+    job = session.Shoot(subject, made).all_at_once()
     now.wait_for_results(job)
-    imported = now.import_results(bpy.context, job)
-    session.terminal(f"{subject.title}: imported", last=True)
-    return imported
+    return now.import_results(bpy.context, job)
 
 
 def _objects(source) -> list[bpy.types.Object]:

@@ -1,7 +1,7 @@
 """The one thread that talks to the backend, and the watch over the backend's process. Knows no bpy.
 
-The thread contract. `Link` owns the only client and with it the only socket. The main thread gives it orders (`ask`) made of plain values and
-reads what it tells from one queue (`told`), also plain values:
+The thread contract. `Link` owns the only client and with it the only socket. The main thread gives it orders (`ask`) made of plain values
+and reads what it tells from one queue (`told`), also plain values:
 
     {"kind": "backend", "state": ..., "text": ..., "error": ..., "hello": ...}     what the backend is doing, whenever that changes
     {"kind": "jobs", "jobs": [...]}                                              every job, after each (re)connection
@@ -11,7 +11,7 @@ reads what it tells from one queue (`told`), also plain values:
     {"kind": "transfer", "ticket": n, "fraction": f}                             how far an upload or a download is
     {"kind": "answer", "ticket": n, "order": name, "result": ..., "error": ...}  exactly one for each order
 
-Backend states: missing (not set up) · stopped · starting · running · unreachable (a remote one does not answer) · failed (gave up restarting).
+Backend states: missing (not set up) · stopped · starting · running · unreachable (a remote one is silent) · failed (gave up restarting).
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ from __future__ import annotations
 import itertools
 import os
 import queue
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -39,6 +37,7 @@ LOOK_AGAIN = 2.0  # seconds between looks for a backend that somebody else start
 LISTEN = 0.1  # seconds of listening for events between two looks at the orders
 LOG_TAIL = 40  # lines of the backend's log shown with an error
 STOPPED = KilnError("backend-stopped", "The backend is stopped.", "Press Start in the Kiln tab.")
+GONE = ("backend-gone", "timeout", "disconnected")  # errors that say that nobody answers
 FINAL = ("done", "failed", "cancelled")
 
 
@@ -50,6 +49,17 @@ class Where:
     python: Path | None = None  # Python of this machine's backend environment; None: not set up
     pythonpath: str = ""  # where that Python finds the backend's source, when it is not installed in it
     log: Path = Path("backend.log")
+
+
+def tail(log: Path) -> str:
+    """The last lines of a log file."""
+    try:
+        with open(log, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - 20_000))
+            return "\n".join(file.read().decode("utf-8", "replace").splitlines()[-LOG_TAIL:])
+    except OSError:
+        return ""
 
 
 class Link(threading.Thread):
@@ -116,7 +126,8 @@ class Link(threading.Thread):
         self.told.put({"kind": kind, **values})
 
     def _tell_state(self, state: str, text: str = "", error: KilnError | None = None, hello: dict | None = None) -> None:
-        now = dict(state=state, text=text, error=error.to_wire() if error else None, hello=hello, remote=self._where.remote is not None)
+        wire, remote = error.to_wire() if error else None, self._where.remote is not None
+        now = {"state": state, "text": text, "error": wire, "hello": hello, "remote": remote}
         if now != self._state:
             self._state = now
             self._tell("backend", **now)
@@ -222,17 +233,10 @@ class Link(threading.Thread):
 
     def _give_up(self, state: str, error: KilnError | None, log: bool = False) -> None:
         """A state in which orders cannot be obeyed: each waiting one gets the reason."""
-        self._tell_state(state, self.log_tail() if log else "", error)
+        self._tell_state(state, tail(self._where.log) if log else "", error)
         held, self._waiting = self._waiting, []
-        for ticket, order, values in held:
+        for ticket, order, _ in held:
             self._answer(ticket, order, error=error)
-
-    def log_tail(self) -> str:
-        """The last lines of the local backend's log."""
-        try:
-            return "\n".join(self._where.log.read_text("utf-8", "replace").splitlines()[-LOG_TAIL:])
-        except OSError:
-            return ""
 
     def _lose(self, error: KilnError) -> None:
         """The backend stopped answering: what was running there is started again by it, so all we do is to bring it up."""
@@ -281,7 +285,7 @@ class Link(threading.Thread):
             except KilnError as error:
                 self._answer(ticket, order, error=error)
                 if error.code in GONE:
-                    raise
+                    raise  # to `run`, which looks for the backend again
             except OSError as error:
                 self._answer(ticket, order, error=KilnError("disk", f"{error.strerror or error}: {error.filename or ''}".strip(": ") + ".",
                                                             "Make room or check the folder's permissions, then try again."))  # fmt: skip

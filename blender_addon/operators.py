@@ -1,17 +1,13 @@
-"""Everything that a button, a script or a key can ask of Kiln: `bpy.ops.kiln.*`. In `blender -b` kiln.generate and kiln.import_job block, with
-progress on the terminal; with a window they return at once and the timer goes on."""
+"""Everything that a button, a script or a key can ask of Kiln: `bpy.ops.kiln.*`. In `blender -b` kiln.generate and kiln.import_job block,
+with progress on the terminal; with a window they return at once and the timer goes on."""
 
-import shutil
-import sys
-import tempfile
-import time
 from pathlib import Path
 
 import bpy
 from bpy.props import BoolProperty, EnumProperty, IntProperty, StringProperty
 from bpy_extras.io_utils import ImportHelper
 
-from . import capture, preferences, properties, session
+from . import preferences, properties, session
 from .protocol import connection, recipes
 from .protocol.errors import KilnError
 
@@ -58,6 +54,7 @@ class KILN_OT_generate(bpy.types.Operator):
             default="standard",
             options={"SKIP_SAVE"},
         ),
+        "collection": StringProperty(name="Collection", description="Capture this collection, not the selection", options={"SKIP_SAVE"}),
         **{name: properties.blender_property(parameter, options={"SKIP_SAVE"}) for name, parameter in every_parameter().items()},
     }
 
@@ -84,21 +81,9 @@ class KILN_OT_generate(bpy.types.Operator):
 
     def begin(self, context) -> None:
         """Everything that can refuse before the first view is rendered."""
-        now = session.current
-        self.recipe_name, self.recipe_values = self.values(context)
-        subject = capture.subject(context)
-        now.want_backend()
-        self.scratch = Path(tempfile.mkdtemp(prefix="views-", dir=now.folder))
-        self.title = subject.title
-        try:
-            self.capture = capture.Capture(subject, recipes.make(self.recipe_name, self.recipe_values).capture, self.scratch)
-        except BaseException:
-            shutil.rmtree(self.scratch, ignore_errors=True)
-            raise
-
-    def submit(self) -> session.Job:
-        inputs, source = self.capture.finish()
-        return session.current.submit(self.recipe_name, self.recipe_values, inputs, source, self.title, self.scratch)
+        name, values = self.values(context)
+        subject = session.chosen_subject(context, self.collection if self.properties.is_property_set("collection") else None)
+        self.shoot = session.Shoot(subject, recipes.make(name, values))
 
     def invoke(self, context, event):
         if bpy.app.background:
@@ -108,9 +93,8 @@ class KILN_OT_generate(bpy.types.Operator):
         except KilnError as error:
             return refuse(self, error)
         self.timer = context.window_manager.event_timer_add(0.01, window=context.window)
-        session.current.capture = (0, self.capture.steps, self.title)
         context.window_manager.modal_handler_add(self)
-        context.workspace.status_text_set(f"Kiln renders {self.title} · Esc: stop")
+        context.workspace.status_text_set(f"Kiln renders {self.shoot.title} · Esc: stop")
         session.redraw()
         return {"RUNNING_MODAL"}
 
@@ -120,14 +104,11 @@ class KILN_OT_generate(bpy.types.Operator):
             return {"CANCELLED"}
         if event.type != "TIMER":
             return {"PASS_THROUGH"} if event.type in LOOKING_AROUND else {"RUNNING_MODAL"}
-        done, total, title = session.current.capture
         try:
-            if done < total:
-                self.capture.step()
-                session.current.capture = (done + 1, total, title)
+            if self.shoot.step():
                 session.redraw()
                 return {"RUNNING_MODAL"}
-            self.submit()
+            self.shoot.submit()
         except KilnError as error:
             self.cancel(context)
             return refuse(self, error)
@@ -135,39 +116,26 @@ class KILN_OT_generate(bpy.types.Operator):
             self.cancel(context)
             raise
         self.leave(context)
-        self.capture.close()
         return {"FINISHED"}
 
     def cancel(self, context):
         """Esc, an error, or Blender closing: the scene is as it was."""
+        self.shoot.close()
         self.leave(context)
-        self.capture.close()
-        shutil.rmtree(self.scratch, ignore_errors=True)
 
     def leave(self, context) -> None:
         context.window_manager.event_timer_remove(self.timer)
         context.workspace.status_text_set(None)
-        session.current.capture = None
         session.redraw()
 
     def execute(self, context):
         """From a script: renders at once. In `blender -b` also waits for the result and imports it."""
         try:
             self.begin(context)
-            try:
-                for number in range(self.capture.steps):
-                    self.capture.step()
-                    session.terminal(f"{self.title}: view {number + 1} of {self.capture.steps}")
-                job = self.submit()
-            except BaseException:
-                shutil.rmtree(self.scratch, ignore_errors=True)
-                raise
-            finally:
-                self.capture.close()
+            job = self.shoot.all_at_once()
             if bpy.app.background:
                 session.current.wait_for_results(job)
                 session.current.import_results(context, job)
-                session.terminal(f"{self.title}: imported", last=True)
         except KilnError as error:
             return refuse(self, error)
         return {"FINISHED"}
@@ -336,7 +304,7 @@ class KILN_OT_remove_backend(SetUpOperator, bpy.types.Operator):
     bl_label = "Remove"
     action = "remove"
 
-    jobs: BoolProperty(name="Jobs and Results Too", description="Also delete the job list and every result that the backend keeps", default=False)
+    jobs: BoolProperty(name="Jobs and Results Too", description="Also delete the job list and every result that the backend keeps")
 
     def invoke(self, context, event):
         return context.window_manager.invoke_props_dialog(self)

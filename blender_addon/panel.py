@@ -5,7 +5,7 @@ import time
 import blf
 import bpy
 
-from . import capture, preferences, properties, session
+from . import preferences, properties, session
 from .protocol import recipes
 from .protocol.errors import KilnError
 
@@ -18,7 +18,8 @@ LOOK = {  # backend state: icon, words
     "unreachable": ("UNLINKED", "Backend does not answer"),
     "failed": ("ERROR", "Backend failed"),
 }
-STATES = {"queued": "Waiting", "running": "Running", "cancelling": "Cancelling", "done": "Done", "failed": "Failed", "cancelled": "Cancelled"}
+STATES = {"queued": "Waiting", "cancelling": "Cancelling", "failed": "Failed", "cancelled": "Cancelled"}
+SETTING_UP = {"create": "Setting up the backend", "repair": "Repairing the backend", "remove": "Removing the backend"}
 
 
 # Text
@@ -49,7 +50,7 @@ def draw_text(layout, context, text: str, icon: str = "NONE", indent: float = 0.
     """A sentence over as many lines as the region's width needs."""
     scale = context.preferences.system.ui_scale
     blf.size(0, context.preferences.ui_styles[0].widget.points * scale)
-    margin = (52 + indent + (22 if icon != "NONE" else 0)) * scale  # panel edges, box edges, scroll bar, icon
+    margin = (52 + indent + (34 if icon != "NONE" else 0)) * scale  # panel edges, box edges, scroll bar, icon
     width = max(context.region.width - margin, 80 * scale)
     column = layout.column(align=True)
     for number, line in enumerate(wrapped(text, width, lambda words: blf.dimensions(0, words)[0])):
@@ -58,9 +59,8 @@ def draw_text(layout, context, text: str, icon: str = "NONE", indent: float = 0.
         row.label(text=line, icon=icon if number == 0 else "BLANK1" if icon != "NONE" else "NONE")
 
 
-def draw_error(layout, context, error: KilnError, details: str = "", dismiss: int | None = None, job: str = "") -> None:
+def draw_error(box, context, error: KilnError, details: str = "", dismiss: int | None = None, job: str = "") -> None:
     """An error in full, with what to do; copyable, and gone when dismissed."""
-    box = layout.box()
     row = box.row()
     column = row.column()
     draw_text(column, context, error.message, "ERROR", indent=24 if dismiss is not None else 0)
@@ -102,7 +102,7 @@ def draw_backend(layout, context) -> None:
     now = session.current
     backend, setting_up = now.backend, now.setting_up
     if setting_up:
-        draw_text(layout, context, {"create": "Setting up the backend", "repair": "Repairing the backend", "remove": "Removing the backend"}[setting_up.action])
+        draw_text(layout, context, SETTING_UP[setting_up.action], "IMPORT")
         layout.progress(factor=setting_up.fraction, text=f"{setting_up.fraction:.0%}")
         draw_text(layout, context, setting_up.text)
         layout.operator("kiln.cancel_set_up", icon="X")
@@ -111,7 +111,9 @@ def draw_backend(layout, context) -> None:
     if state == "missing":
         draw_text(layout, context, "Kiln computes in a program of its own beside Blender. It has to be set up once.")
         if not bpy.app.online_access:
-            draw_text(layout, context, session.offline_hint(), "INTERNET_OFFLINE")
+            draw_text(layout, context, "Blender is not allowed to go online.", "INTERNET_OFFLINE")
+            if not bpy.app.online_access_override:
+                layout.prop(context.preferences.system, "use_online_access")
         column = layout.column()
         column.scale_y = 1.5
         column.enabled = bpy.app.online_access
@@ -135,6 +137,9 @@ def draw_backend(layout, context) -> None:
         split.label(text=preferences.get().connection_file)
         layout.operator("kiln.use_local", icon="UNLINKED")
         return
+    if now.environment == "outdated":
+        draw_text(layout, context, "The backend is of another version of Kiln. Jobs and results stay when it is updated.", "INFO")
+        layout.operator("kiln.set_up_backend", text="Update Backend", icon="FILE_REFRESH")
     if now.disk is not None:
         split = layout.split(factor=0.32)
         split.label(text="On Disk")
@@ -180,7 +185,7 @@ class KILN_PT_backend(KilnPanel, bpy.types.Panel):
         now, layout = session.current, self.layout
         now.tab_seen = True
         for index, notice in enumerate(now.notices):
-            draw_error(layout, context, notice.error, notice.details, dismiss=index)
+            draw_error(layout.box(), context, notice.error, notice.details, dismiss=index)
         state = now.backend["state"]
         if now.setting_up or state in ("missing", "unreachable", "failed"):
             box = layout.box()
@@ -207,15 +212,18 @@ class KILN_PT_generate(KilnPanel, bpy.types.Panel):
         group = getattr(settings, settings.recipe)
 
         box = layout.box()
+        box.row().prop(settings, "source", expand=True)
+        if settings.source == "COLLECTION":
+            box.prop(settings, "collection", text="")
         try:
-            subject = capture.subject(context)
+            subject = session.chosen_subject(context)
         except KilnError as error:
             subject = None
             draw_text(box, context, error.message, "INFO")
-            if error.hint:
-                draw_text(box, context, error.hint, "BLANK1")
+            draw_text(box, context, error.hint, "BLANK1")
         else:
-            box.label(text=subject.title, icon="OBJECT_DATA")
+            if settings.source == "SELECTION":
+                box.label(text=subject.title, icon="OBJECT_DATA" if subject.kind == "object" else "GROUP")
 
         column = layout.column()
         column.use_property_split = True
@@ -238,8 +246,8 @@ class KILN_PT_generate(KilnPanel, bpy.types.Panel):
 
         if now.capture:
             done, total, title = now.capture
-            layout.progress(factor=done / total, text=f"View {done} of {total}")
-            draw_text(layout, context, f"Rendering {title}. Esc stops it.")
+            layout.progress(factor=done / total, text=f"Rendering {done / total:.0%}")
+            draw_text(layout, context, f"Rendering {title} from all sides. Esc stops it.")
         else:
             column = layout.column()
             column.scale_y = 1.8
@@ -247,7 +255,7 @@ class KILN_PT_generate(KilnPanel, bpy.types.Panel):
             column.operator("kiln.generate", text="Generate", icon="SHADERFX")
             seconds = now.expected_seconds(settings.recipe, properties.values(group, recipe))
             if seconds:
-                layout.label(text=f"Last time: {time_text(seconds)} with these settings", icon="TIME")
+                draw_text(layout, context, f"Took {time_text(seconds)} last time with these settings", "TIME")
 
 
 class KILN_UL_jobs(bpy.types.UIList):
@@ -290,14 +298,15 @@ class KILN_PT_jobs(KilnPanel, bpy.types.Panel):
         data, state = job.data, job.state
         box = layout.box()
         icon = session.current.icon(job)
-        if icon:
+        if icon and state != "failed":
             box.template_icon(icon_value=icon, scale=max(4.0, min(10.0, context.region.width / context.preferences.system.ui_scale / 26)))
         if job.transfer is not None:
             box.progress(factor=job.transfer, text=f"{'Receiving' if state == 'done' else 'Sending'} {job.transfer:.0%}")
         elif state in ("running", "cancelling"):
-            box.progress(factor=data["fraction"] or 0.0, text=f"{data['fraction'] or 0:.0%}")
-            words = f"{data['stage']}: {data['text']}" if data["stage"] and data["text"] else data["stage"] or data["text"] or "Starting"
-            draw_text(box, context, words if state == "running" else "Cancelling…")
+            doing = "Cancelling" if state == "cancelling" else data["stage"] or "Starting"
+            box.progress(factor=data["fraction"] or 0.0, text=f"{doing} {data['fraction'] or 0:.0%}")
+            if data["text"]:
+                draw_text(box, context, data["text"][:1].upper() + data["text"][1:])
             if data["started"]:
                 box.label(text=time_text(time.time() - data["started"]), icon="TIME")
         elif state == "queued":

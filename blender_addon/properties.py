@@ -2,7 +2,7 @@
 `fit_iterations` here, in `scene.kiln.reconstruct` and in `bpy.ops.kiln.generate`."""
 
 import bpy
-from bpy.props import BoolProperty, CollectionProperty, EnumProperty, FloatProperty, IntProperty, PointerProperty, StringProperty
+from bpy.props import BoolProperty, CollectionProperty, EnumProperty, FloatProperty, IntProperty, PointerProperty
 from bpy.types import PropertyGroup
 
 from .protocol import recipes
@@ -90,6 +90,15 @@ class KilnSettings(PropertyGroup):
             description="What to make of the source",
             items=[(name, recipe.TITLE, recipe.__doc__.strip().rstrip(".")) for name, recipe in recipes.RECIPES.items()],
         ),
+        "source": EnumProperty(
+            name="Source",
+            description="What to capture",
+            items=[
+                ("SELECTION", "Selection", "The selected objects, as one subject"),
+                ("COLLECTION", "Collection", "Everything in a collection, as one subject"),
+            ],
+        ),
+        "collection": PointerProperty(type=bpy.types.Collection, name="Collection", description="What to capture"),
         **{name: PointerProperty(type=group) for name, group in GROUPS.items()},
     }
 
@@ -103,7 +112,6 @@ class KilnWindow(PropertyGroup):
 
     jobs: CollectionProperty(type=KilnJobRow)
     active_job: IntProperty(name="Job", default=0, options={"SKIP_SAVE"})
-    search: StringProperty(name="Search")
 
 
 CLASSES = (*GROUPS.values(), KilnSettings, KilnJobRow, KilnWindow)

@@ -6,6 +6,7 @@ Nothing here keeps a reference to Blender data: jobs carry names and numbers (`s
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
 import shutil
@@ -15,16 +16,17 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import bpy
 import bpy.utils.previews
 
-from . import environment, import_asset, preferences
-from .backend_link import FINAL, Link, Where
-from .protocol import VERSION, recipes
+from . import capture, environment, import_asset, preferences
+from .backend_link import FINAL, Link, Where, tail
+from .protocol import VERSION, connection, recipes
 from .protocol.errors import Cancelled, KilnError
 
 BUSY, IDLE = 0.1, 0.5  # seconds between two looks at the queues
@@ -73,15 +75,20 @@ class Session:
         self.tab_seen = False  # set by the panel's first draw
         self.started_once = False
         self.disk: int | None = None  # bytes of the backend's environment
+        self.environment = "missing"  # environment.state()
         self.pictures = bpy.utils.previews.new()
         self._then: dict[int, Callable] = {}
         self._uploads: dict[int, str] = {}
         self._drawn: object = None
         self.where: Where | None = None
+        self._look_again = 0.0
         self.link: Link | None = None  # made at the first use, so that a plain `blender -b` has no thread more
 
     def connect(self) -> None:
         """Starts the client thread for the chosen backend; a new one where another backend was chosen since."""
+        if self.where and time.monotonic() < self._look_again:
+            return
+        self._look_again = time.monotonic() + 1.0
         chosen = where()
         if chosen == self.where:
             return
@@ -94,6 +101,8 @@ class Session:
         self.where = chosen
         self.link = Link(chosen, self.folder / "pictures")
         self.link.start()
+        if not bpy.app.background:
+            self._look_at_environment()
 
     def close(self) -> None:
         if self.setting_up:
@@ -117,13 +126,14 @@ class Session:
         self.notices = [old for old in self.notices if old.error.message != error.message] + [Notice(error, details)]
         redraw()
 
-    def submit(self, recipe: str, values: dict, inputs: dict, source: dict, title: str, scratch: Path) -> Job:
+    def submit(self, recipe, inputs: dict, source: dict, title: str, scratch: Path, picture: Path) -> Job:
         """Sends captured inputs off as a job. `scratch` holds their files and is removed after they are sent."""
-        recipes.make(recipe, values)  # a bad value is refused here, before anything travels
-        shown = dict(id=f"sending-{uuid.uuid4().hex}", recipe=recipe, parameters=values, title=title, source=source, state="queued",
-                     stage="", fraction=0.0, text="Sending to the backend", created=time.time(), started=None, finished=None, attempts=0,
-                     error=None, results={}, inputs={})  # fmt: skip
-        job = Job(shown, file=self.file, transfer=0.0, wants_import=preferences.get().auto_import)
+        shown = {
+            "id": f"sending-{uuid.uuid4().hex}", "recipe": recipe.NAME, "parameters": recipes.values(recipe), "title": title,
+            "source": source, "state": "queued", "stage": "", "fraction": 0.0, "text": "", "created": time.time(), "started": None, "finished": None,
+            "attempts": 0, "error": None, "results": {}, "inputs": {},
+        }  # fmt: skip
+        job = Job(shown, file=self.file, picture=picture, transfer=0.0, wants_import=preferences.get().auto_import)
         self.jobs[shown["id"]] = job
 
         def sent(result, error):
@@ -136,11 +146,11 @@ class Session:
             else:
                 known = self.jobs.get(result["id"])
                 job.data = known.data if known else result
-                job.picture = known.picture if known else None
+                job.picture = known.picture if known and known.picture else picture
                 self.jobs[result["id"]] = job
             self._sync_rows(select=job.data["id"])
 
-        ticket = self.ask("submit", sent, recipe=recipe, values=values, inputs=inputs, title=title, source=source)
+        ticket = self.ask("submit", sent, recipe=recipe.NAME, values=shown["parameters"], inputs=inputs, title=title, source=source)
         self._uploads[ticket] = shown["id"]
         self._sync_rows(select=shown["id"])
         return job
@@ -180,7 +190,7 @@ class Session:
 
     def import_results(self, context, job: Job) -> import_asset.Imported:
         """Brings downloaded results into the scene they came from, as one undo step."""
-        provenance = dict(job=job.data["id"], recipe=job.data["recipe"], parameters=job.data["parameters"], kiln=VERSION)
+        provenance = {"job": job.data["id"], "recipe": job.data["recipe"], "parameters": job.data["parameters"], "kiln": VERSION}
         imported = import_asset.import_asset(context, job.results, job.data["source"], provenance, {})
         job.imported, job.wants_import = True, False
         shutil.rmtree(job.results, ignore_errors=True)  # the backend keeps them; the file has its own copy now
@@ -219,14 +229,20 @@ class Session:
         if self.setting_up and self.setting_up.take_in():
             moved = True
             if self.setting_up.finished:
-                error = self.setting_up.error
-                self.setting_up = None
-                if error:
-                    self.note(error, environment_log_tail())
-                self.where = None  # look at the environment again
+                self._set_up_ended()
         if moved:
             self._sync_rows()
         return moved
+
+    def _set_up_ended(self) -> None:
+        work, self.setting_up = self.setting_up, None
+        if work.error:
+            self.note(work.error, tail(environment_log()))
+        self._look_again = 0.0
+        self.connect()
+        self._look_at_environment()
+        if work.finished and not work.error and work.action != "remove" and not work.cancelled:
+            self.ask("start")
 
     def _on_backend(self, **state) -> None:
         self.backend = state
@@ -252,7 +268,10 @@ class Session:
     def _on_event(self, event) -> None:
         job = self.jobs.get(event["job"])
         if job and job.state not in FINAL:
-            job.data.update({name: event[name] for name in ("stage", "fraction", "text") if name in event})
+            if event["kind"] == "stage":
+                job.data.update(stage=event["stage"], fraction=0.0, text="")
+            elif event["kind"] == "progress":
+                job.data.update(fraction=event["fraction"], text=event["text"])
 
     def _on_preview(self, job, path) -> None:
         if job in self.jobs:
@@ -387,15 +406,25 @@ class Session:
         """Starts to create, repair or remove the backend's environment; in `blender -b` waits for it."""
         if action != "remove" and not options.get("bundle") and not bpy.app.online_access:
             raise KilnError("offline", "Blender is not allowed to go online.", offline_hint())
-        if action == "remove" and self.link:
-            self.link.ask("stop")  # files in use cannot be deleted on Windows
-        self.setting_up = SetUp(action, **options)
-        self.setting_up.start()
+        work = self.setting_up = SetUp(action, **options)
+        # The backend first: what runs cannot be exchanged. Its jobs go on when it is back.
+        self.ask("stop", lambda result, error: work.start())
         if bpy.app.background:
-            work = self.setting_up
             self.wait(lambda: work.finished, lambda: terminal(f"Backend: {work.fraction:.0%} {work.text}"))
             if work.error:
                 raise work.error
+
+    def _look_at_environment(self) -> None:
+        """Its state, and on a thread its size: thousands of files."""
+        told, folder = self.link.told, environment_folder()
+        if environment.python(folder):
+            threading.Thread(target=lambda: told.put({"kind": "disk", "size": environment.size(folder)}), daemon=True).start()
+        else:
+            self.disk = None
+        self.environment = environment.state(folder)
+
+    def _on_disk(self, size) -> None:
+        self.disk = size
 
     # What the panel draws
 
@@ -436,13 +465,62 @@ class Session:
 
     def about(self, job: str) -> str:
         """Everything worth knowing for who is asked for help: versions, the job's parameters, the backend's last log lines."""
-        lines = [f"Kiln {VERSION}, Blender {bpy.app.version_string}, {sys.platform}, backend {self.backend['state']} {self.backend['hello']}"]
+        lines = [f"Kiln {VERSION}, Blender {bpy.app.version_string}, {sys.platform}", f"backend {self.backend['state']} {self.backend['hello']}"]
         if job in self.jobs:
             data = self.jobs[job].data
             lines += [f"job {data['id']}: {data['recipe']} {data['parameters']}"]
         if self.link:
-            lines.append(self.link.log_tail())
+            lines.append(tail(self.where.log))
         return "\n".join(lines)
+
+
+class Shoot:
+    """From a subject to a submitted job: renders step by step into a folder of its own, which is gone afterwards in any case."""
+
+    def __init__(self, subject: capture.Subject, recipe):
+        """Raises KilnError where there is no backend to send the views to, or nothing to render."""
+        current.want_backend()
+        self.title, self.recipe = subject.title, recipe
+        self.folder = Path(tempfile.mkdtemp(prefix="views-", dir=current.folder))
+        try:
+            self.capture = capture.Capture(subject, recipe.capture, self.folder, recipe.seed)
+        except BaseException:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+        current.capture = (0, self.capture.steps, self.title)
+
+    def step(self) -> bool:
+        """Renders a little; False when everything is rendered."""
+        with disk_errors():
+            more = self.capture.step()
+        current.capture = (self.capture.done, self.capture.steps, self.title)
+        return more
+
+    def submit(self) -> Job:
+        with disk_errors():
+            captured = self.capture.finish()
+            picture = current.folder / "pictures" / f"{self.folder.name}.png"
+            picture.parent.mkdir(exist_ok=True)
+            shutil.copyfile(captured.thumbnail, picture)
+        self.capture.close()
+        current.capture = None
+        return current.submit(self.recipe, captured.inputs, captured.source, self.title, self.folder, picture)
+
+    def close(self) -> None:
+        """Given up: nothing is left."""
+        self.capture.close()
+        current.capture = None
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def all_at_once(self) -> Job:
+        """The whole capture in one go, for scripts."""
+        try:
+            while self.step():
+                terminal(f"{self.title}: rendering {self.capture.done / self.capture.steps:.0%}")
+            return self.submit()
+        except BaseException:
+            self.close()
+            raise
 
 
 class SetUp(threading.Thread):
@@ -451,7 +529,7 @@ class SetUp(threading.Thread):
     def __init__(self, action: str, **options):
         super().__init__(name="Kiln set-up", daemon=True)
         self.action, self.options = action, options
-        self.folder = environment_folder()  # asked for here, on the main thread
+        self.folder, self.log, self.home = environment_folder(), environment_log(), connection.home()  # asked for on the main thread
         self.fraction, self.text = 0.0, ""
         self.error: KilnError | None = None
         self.finished = False
@@ -461,19 +539,30 @@ class SetUp(threading.Thread):
     def cancel(self) -> None:
         self._cancelled.set()
 
+    @property
+    def cancelled(self) -> bool:
+        return self._cancelled.is_set()
+
     def run(self) -> None:
         error = None
         try:
             if self.action == "remove":
-                environment.remove(self.folder, progress=self._report)
+                environment.remove(self.folder, self._report)
+                if self.options["jobs"]:
+                    self._report(1.0, "Removing jobs and results")
+                    shutil.rmtree(self.home, ignore_errors=True)
             else:
-                environment.create(self.folder, progress=self._report, repair=self.action == "repair", **self.options)
+                environment.create(self.folder, report=self._report, log=self.log, **self.options)
         except Cancelled:
             pass
-        except KilnError as failure:
-            error = failure
+        except environment.SetupError as failure:
+            error = KilnError(failure.code, failure.message, failure.hint)
+        except OSError as failure:
+            words = f"{failure.strerror or failure}: {failure.filename or self.folder}."
+            error = KilnError("disk", words, "Check the folder, then try again.")
         except Exception as failure:
-            error = KilnError("set-up", f"The backend could not be set up: {failure}.", traceback.format_exc(limit=3))
+            traceback.print_exc()
+            error = KilnError("internal", f"The backend could not be set up: {failure!r}.", "The console has more.")
         self._told.put(("finished", error))
 
     def _report(self, fraction: float, text: str = "") -> None:
@@ -499,15 +588,51 @@ class SetUp(threading.Thread):
 # Blender, seen from here
 
 
-def environment_folder() -> Path:
-    """Where the backend's environment lies: the extension's own user folder, which survives updates of the extension."""
+def chosen_subject(context, collection: str | None = None) -> capture.Subject:
+    """What the panel's source box says: the selection, or the chosen collection. `collection` names another one."""
+    if collection is not None:
+        found = bpy.data.collections.get(collection)
+        if found is None:
+            raise KilnError("nothing-selected", f"There is no collection {collection!r}.", "Check its name in the Outliner.")
+        return capture.subject(context, collection=found)
+    settings = context.scene.kiln
+    if settings.source == "COLLECTION":
+        if settings.collection is None:
+            raise KilnError("nothing-selected", "No collection is chosen.", "Choose one, or use the selection.")
+        return capture.subject(context, collection=settings.collection)
+    return capture.subject(context)
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """A disk that is full or write-protected, in words."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            free = shutil.disk_usage(current.folder).free
+            words = f"The disk is full: {free / 1e6:.0f} MB are free at {current.folder}."
+            raise KilnError("no-space", words, "Make room, then try again.") from error
+        words = f"{error.strerror or error}: {error.filename or current.folder}."
+        raise KilnError("disk", words, "Check the folder and its permissions.") from error
+
+
+def user_folder() -> Path:
+    """The extension's own folder, which outlives its updates: the backend's environment and the logs."""
     return Path(bpy.utils.extension_path_user(__package__, path="backend", create=True))
+
+
+def environment_folder() -> Path:
+    return user_folder() / "environment"
+
+
+def environment_log() -> Path:
+    return user_folder() / "set-up.log"
 
 
 def where() -> Where:
     """The backend that the preferences choose."""
-    chosen = preferences.get()
-    log = environment_folder() / "backend.log"
+    chosen, log = preferences.get(), user_folder() / "backend.log"
     if chosen.place == "REMOTE" and chosen.connection_file:
         return Where(remote=Path(bpy.path.abspath(chosen.connection_file)), log=log)
     named = preferences.backend_python()
@@ -529,7 +654,7 @@ def blender_is_free() -> bool:
     return not any(window.modal_operators for window in bpy.context.window_manager.windows)
 
 
-def mainmain_window() -> bpy.types.Window | None:
+def main_window() -> bpy.types.Window | None:
     windows = bpy.context.window_manager.windows
     return windows[0] if windows else None
 
