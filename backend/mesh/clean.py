@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fast_simplification
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from scipy.sparse import coo_matrix, diags
 from scipy.sparse.csgraph import connected_components
 
 from backend.mesh import raster
+from backend.mesh.decimate import decimate
 from backend.mesh.mesh import Mesh
 from backend.progress import Progress, silent
 from backend.views.cameras import look_at
@@ -85,10 +85,3 @@ def smooth(mesh: Mesh, passes: int) -> Mesh:
         for step in TAUBIN:
             points = points + step * (mean @ points - points)
     return Mesh(points.astype(np.float32), mesh.faces)
-
-
-def decimate(mesh: Mesh, faces: int) -> Mesh:
-    if len(mesh.faces) <= faces:
-        return mesh
-    v, f = fast_simplification.simplify(mesh.vertices, mesh.faces, target_count=faces, agg=5)
-    return Mesh(v.astype(np.float32), f.astype(np.int32))

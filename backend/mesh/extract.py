@@ -243,7 +243,7 @@ def _keep_thin(field, points, normals):
             for j in range(max(0, int(y) - 2), min(ny, int(y) + 4)):
                 for k in range(max(0, int(z) - 2), min(nz, int(z) + 4)):
                     distance = np.sqrt((i - x) ** 2 + (j - y) ** 2 + (k - z) ** 2) - THINNEST
-                    field[i, j, k] = min(field[i, j, k], np.int16(max(distance, -REACH) * STEPS))
+                    field[i, j, k] = min(field[i, j, k], np.int16(min(distance, REACH) * STEPS))
     return count
 
 
