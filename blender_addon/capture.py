@@ -2,8 +2,8 @@
 
 Every step builds a temporary scene, renders in it, and takes it away again, so that between two steps the user's file holds nothing of
 ours: undo, save and autosave may come at any moment. The subject's own objects are linked into that scene, and Blender's dependency graph
-brings what they depend on (parents, targets, drivers) without showing it. Runs on the main thread; `Subject` and `Captured` are plain
-values that may cross threads and undo.
+brings what they depend on (parents, targets, drivers) without showing it. Runs on the main thread; `Subject` is a plain
+value that may cross threads and undo.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -84,7 +85,7 @@ def _first(things: list[bpy.types.Object], layer: bpy.types.ViewLayer) -> bpy.ty
 
 
 def _refuse_what_cannot_render(things, title, kind, scene, layer) -> None:
-    could = [thing for thing in things if thing.type in SURFACES or thing.is_instancer or thing.instance_type != "NONE"]
+    could = [thing for thing in things if thing.type in SURFACES or thing.instance_type != "NONE" or thing.particle_systems]
     if not could:
         if kind == "object":
             what = things[0].type.replace("_", " ").lower()
@@ -95,27 +96,26 @@ def _refuse_what_cannot_render(things, title, kind, scene, layer) -> None:
                 "Select a mesh, a curve, a text, hair, or an empty that instances a collection.",
             )
         raise KilnError("bad-subject", f"{title}: none of these objects has a surface to rebuild.", "Select at least one mesh among them.")
-    if kind == "collection":
-        hidden = all(thing.hide_render for thing in could)
-    else:
-        rendered = _rendered(scene, layer)
-        hidden = not any(thing in rendered for thing in could)
-        if hidden and kind == "object" and things[0].name not in scene.objects:
+    if kind != "collection":
+        shown = _rendered_collections(layer)
+        in_scene = [thing for thing in could if thing.name in scene.objects]
+        if not in_scene:
             raise KilnError("bad-subject", f"{title} is not in scene {scene.name}.", "Link it to the scene, or choose an object of this scene.")
-    if hidden:
-        be = "is" if kind == "object" else "are all"
-        raise KilnError("bad-subject", f"{title} {be} hidden in renders.", "Turn the camera icon on in the Outliner, of the object and its collection.")
+        could = [thing for thing in in_scene if any(thing.name in collection.objects for collection in shown)]
+    if all(thing.hide_render for thing in could):
+        be = "is" if kind != "objects" else "are all"
+        hint = "Turn its camera icon on in the Outliner, and that of its collection."
+        raise KilnError("bad-subject", f"{title} {be} hidden in renders.", hint)
 
 
-def _rendered(scene: bpy.types.Scene, layer: bpy.types.ViewLayer) -> set[bpy.types.Object]:
-    """The objects of a view layer that neither they themselves nor all of their collections hide from renders."""
-    found, waiting = set(), [layer.layer_collection]
+def _rendered_collections(layer: bpy.types.ViewLayer) -> list[bpy.types.Collection]:
+    """The collections of a view layer that renders show."""
+    found, waiting = [], [layer.layer_collection]
     while waiting:
         branch = waiting.pop()
-        if branch.exclude or branch.collection.hide_render:
-            continue
-        found.update(thing for thing in branch.collection.objects if not thing.hide_render)
-        waiting.extend(branch.children)
+        if not branch.exclude and not branch.collection.hide_render:
+            found.append(branch.collection)
+            waiting.extend(branch.children)
     return found
 
 
@@ -332,7 +332,7 @@ def _stage(subject: Subject) -> Iterator[bpy.types.Scene]:
     handlers = {name: list(getattr(bpy.app.handlers, name)) for name in RENDER_HANDLERS}
     scene = camera = None
     try:
-        for name in RENDER_HANDLERS:  # other add-ons would take our renders for the user's
+        for name in handlers:  # other add-ons would take our renders for the user's
             getattr(bpy.app.handlers, name).clear()
         scene = user_scene.copy()
         scene.name = "Kiln capture"
@@ -382,20 +382,20 @@ def _isolate(scene: bpy.types.Scene, things: list[bpy.types.Object], collection:
     if collection is not None:
         scene.collection.children.link(collection)
     else:
-        for thing in things:
-            _link(scene, thing)
+        _link(scene, things)
         for thing in things:
             if thing.instance_type in ("VERTS", "FACES"):  # these instance their children, which must be in the scene for it
-                for child in thing.children_recursive:
-                    _link(scene, child)
-    for thing in user_objects:
-        if thing.type == "EMPTY" and thing.field is not None and thing.field.type != "NONE" and not thing.hide_render:
-            _link(scene, thing)  # forces are looked up in the scene
+                _link(scene, thing.children_recursive)
+    forces = [t for t in user_objects if t.type == "EMPTY" and t.field is not None and t.field.type != "NONE" and not t.hide_render]
+    _link(scene, forces)  # physics looks for them in the scene
 
 
-def _link(scene: bpy.types.Scene, thing: bpy.types.Object) -> None:
-    if thing.name not in scene.collection.all_objects or thing not in scene.collection.all_objects[:]:
-        scene.collection.objects.link(thing)
+def _link(scene: bpy.types.Scene, things: list[bpy.types.Object]) -> None:
+    present = set(scene.collection.objects)
+    for thing in things:
+        if thing not in present:
+            scene.collection.objects.link(thing)
+            present.add(thing)
 
 
 def _common_settings(scene: bpy.types.Scene, size: int) -> None:
@@ -524,9 +524,31 @@ def _white_world() -> Iterator[bpy.types.World]:
 def _add_lights(scene: bpy.types.Scene, subject: Subject) -> None:
     user_scene = _by_id(bpy.data.scenes, subject.scene, f"The scene of {subject.title}")
     layer = user_scene.view_layers.get(subject.view_layer) or user_scene.view_layers[0]
-    for thing in _rendered(user_scene, layer):
-        if thing.type in ("LIGHT", "LIGHT_PROBE"):
-            _link(scene, thing)
+    for collection in _rendered_collections(layer):
+        _link(scene, [t for t in collection.objects if t.type in ("LIGHT", "LIGHT_PROBE") and not t.hide_render])
+
+
+def _without_metadata(path: Path) -> None:
+    """Take the texts out of a PNG file: Cycles writes render times there, and the same picture should have the same hash."""
+    data = path.read_bytes()
+    kept, position = [data[:8]], 8
+    while position < len(data):
+        (size,) = struct.unpack_from(">I", data, position)
+        chunk = data[position : position + size + 12]
+        if chunk[4:8] not in (b"tEXt", b"zTXt", b"iTXt", b"tIME"):
+            kept.append(chunk)
+        position += size + 12
+    path.write_bytes(b"".join(kept))
+
+
+def _shows_something(path: Path) -> bool:
+    picture = bpy.data.images.load(str(path))
+    try:
+        values = np.empty(len(picture.pixels), np.float32)
+        picture.pixels.foreach_get(values)
+        return bool(values[3::4].any())
+    finally:
+        bpy.data.images.remove(picture)
 
 
 def _render(scene: bpy.types.Scene, path: Path) -> None:
@@ -544,20 +566,13 @@ def _render(scene: bpy.types.Scene, path: Path) -> None:
 # The capture itself
 
 
-@dataclass(frozen=True)
-class Captured:
-    """A finished capture, in plain values."""
-
-    inputs: dict[str, Path]  # what a job uploads, by the name in its folder
-    cameras: list[np.ndarray]  # camera-to-world 4x4, OpenGL axes, metres; held-out views last
-    source: dict  # JSON: what import_asset needs to place and name the result
-    thumbnail: Path  # the picture that shows the subject from the front, from above
-
-
 class Capture:
     """Renders a subject view by view. `step()` does a little and returns whether more is to do; `finish()` returns the outcome.
 
     Between steps nothing of the capture is in the file. `close()` may come at any time and removes a picture that was left half done.
+
+    steps, done: renders altogether, and so far. cameras: camera-to-world 4x4 each, OpenGL axes, metres, the held-out ones last.
+    thumbnail: the picture that shows the subject from the front and a little from above.
     """
 
     def __init__(self, subject: Subject, p: recipes.Capture, folder: Path, seed: int = 0):
@@ -585,11 +600,13 @@ class Capture:
             raise KilnError("bad-subject", f"{subject.title} has no size: all its points lie in one place.", "Check its scale.")
         fitted = directions(p.views)
         self._directions = np.concatenate([fitted, between(fitted, p.holdout, seed)])
-        self._matrices = [self._camera(direction) for direction in self._directions]
+        self.cameras = [self._camera(direction) for direction in self._directions]
         self._tasks = [("color", view) for view in range(len(self._directions))]
         if p.geometry:
             self._tasks += [("geometry", view) for view in range(len(self._directions))]
-        self.steps, self.done = len(self._tasks), 0
+        self.steps, self.done, self._seen = len(self._tasks), 0, False
+        front = int((fitted @ np.array([0.45, -0.8, 0.4])).argmax())
+        self.thumbnail = self.folder / _color_name(front)
 
     def step(self) -> bool:
         """Render the next view, or the next few where preparing the scene takes long beside rendering it; True while views remain."""
@@ -612,20 +629,24 @@ class Capture:
                         break
         return self.done < self.steps
 
-    def finish(self) -> Captured:
-        """Write transforms.json and return everything. Raises KilnError("bad-subject") if no view shows anything."""
+    def finish(self) -> tuple[dict[str, Path], dict]:
+        """Write transforms.json and return the job's inputs (every file by its name) and its source: a JSON map of what import_asset
+        needs to place and name the result. Raises KilnError("bad-subject") if all views are empty."""
         if self.done < self.steps:
             raise RuntimeError("finish() comes after the last step()")
+        if not self._seen:
+            raise KilnError(
+                "bad-subject",
+                f"{self.subject.title} renders as nothing: every view is empty.",
+                "Check its materials' transparency, and its visibility to cameras (Object properties > Visibility > Ray Visibility).",
+            )
         table = self._table()
         (self.folder / "transforms.json").write_text(json.dumps(table, indent=1), encoding="utf-8")
         fingerprint, names = hashlib.sha256(), ["transforms.json"]
         for entry in table["frames"]:
             names += [entry[key] for key in ("file_path", "geometry_file_path") if key in entry]
             fingerprint.update((self.folder / entry["file_path"]).read_bytes())
-        front = int((self._directions[: self.p.views] @ np.array([0.45, -0.8, 0.4])).argmax())
-        thumbnail = self.folder / _color_name(front)
-        inputs = {name: self.folder / name for name in names}
-        return Captured(inputs, self._matrices, self._source(fingerprint.hexdigest()), thumbnail)
+        return {name: self.folder / name for name in names}, self._source(fingerprint.hexdigest())
 
     def close(self) -> None:
         (self.folder / "view.exr").unlink(missing_ok=True)
@@ -651,6 +672,8 @@ class Capture:
         eye.data.clip_end = (self._distance + self._radius) * 2.0
         if kind == "color":
             _render(scene, self.folder / _color_name(view))
+            _without_metadata(self.folder / _color_name(view))
+            self._seen = self._seen or _shows_something(self.folder / _color_name(view))
             return
         _render(scene, self.folder / "view.exr")
         channels = exr.read(self.folder / "view.exr")
@@ -669,7 +692,7 @@ class Capture:
         size = self.p.size
         focal = size / 2 / math.tan(FIELD_OF_VIEW / 2)
         frames = []
-        for view, matrix in enumerate(self._matrices):
+        for view, matrix in enumerate(self.cameras):
             entry = {"file_path": _color_name(view)}
             if self.p.geometry:
                 entry["geometry_file_path"] = _geometry_name(view)
@@ -702,7 +725,7 @@ class Capture:
         }
 
 
-def capture(subject: Subject, p: recipes.Capture, folder: Path, seed: int = 0, report=None) -> Captured:
+def capture(subject: Subject, p: recipes.Capture, folder: Path, seed: int = 0, report=None) -> tuple[dict[str, Path], dict]:
     """All views at once. `report(done, steps)` is called after each step."""
     work = Capture(subject, p, folder, seed)
     try:

@@ -1,0 +1,226 @@
+"""Finished results into the open scene: the mesh with its material and the splats, in one collection beside the source, marked as an
+asset with a picture and with where it came from. One undo step; the user's selection, mode and active object stay."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import bpy
+import numpy as np
+from mathutils import Matrix, Quaternion
+
+from . import splat_nodes
+from .protocol.errors import KilnError
+
+CLEANED = ("objects", "meshes", "materials", "images", "collections", "node_groups", "actions", "armatures", "cameras", "lights", "scenes")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import made. Use it at once: references to Blender's data do not outlive undo."""
+
+    collection: bpy.types.Collection
+    mesh_object: bpy.types.Object
+    splats_object: bpy.types.Object | None
+
+
+def import_asset(context: bpy.types.Context, folder: Path, source: dict, provenance: dict, options: dict | None = None) -> Imported:
+    """Bring `mesh.glb` and, where they are there, `splats.ply` and `preview.png` from `folder` into the scene of `source`.
+
+    source: as from capture.Capture.finish(), perhaps stored in between. provenance: what the asset should tell of its making (recipe,
+    parameters, job, kiln). options: {"undo": False} pushes no undo step, for callers that make their own.
+    Raises KilnError("import-failed"); then nothing was imported.
+    """
+    folder, options = Path(folder), options or {}
+    title = source.get("title") or "Kiln asset"
+    if not (folder / "mesh.glb").is_file():
+        raise KilnError("import-failed", f"The result of {title} has no mesh.glb.", "Run the job again.")
+    scene = bpy.data.scenes.get(source.get("scene", "")) or context.scene
+    before = {name: set(getattr(bpy.data, name)) for name in CLEANED}
+    try:
+        collection = bpy.data.collections.new(f"{title} (Kiln)")
+        _beside(scene, source).children.link(collection)
+        mesh_object = _mesh(context, folder / "mesh.glb", source, collection)
+        splats_object = None
+        if (folder / "splats.ply").is_file():
+            splats_object = _splats(folder / "splats.ply", source, collection)
+        _mark(context, collection, folder, source, provenance)
+        show(collection, "mesh")
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        for name, known in before.items():
+            for made in set(getattr(bpy.data, name)) - known:
+                getattr(bpy.data, name).remove(made)
+        reason = str(error).removeprefix("Error: ").strip()
+        raise KilnError("import-failed", f"The result of {title} cannot be imported: {reason}", "Run the job again.") from error
+    if options.get("undo", True):
+        _undo_step(context, f"Kiln: import {title}")
+    return Imported(collection, mesh_object, splats_object)
+
+
+def show(collection: bpy.types.Collection, what: str) -> None:
+    """Show the "mesh", the "splats" or "both" of an imported asset, in the viewport and in renders."""
+    for thing in collection.objects:
+        hidden = what == ("mesh" if _holds_splats(thing) else "splats")
+        thing.hide_viewport = thing.hide_render = hidden
+
+
+def _holds_splats(thing: bpy.types.Object) -> bool:
+    return any(m.type == "NODES" and m.node_group is not None and m.node_group.name.startswith(splat_nodes.NAME) for m in thing.modifiers)
+
+
+def _beside(scene: bpy.types.Scene, source: dict) -> bpy.types.Collection:
+    """The collection that holds the collection of the source; the scene's own where that is gone or linked from a library."""
+
+    def parent_of(wanted: bpy.types.Collection) -> bpy.types.Collection | None:
+        branches = [scene.collection, *scene.collection.children_recursive]
+        return next((branch for branch in branches if wanted.name in branch.children), None)
+
+    home = bpy.data.collections.get(source.get("collection") or "")
+    thing = scene.objects.get(source.get("object", ""))
+    if home is None and thing is not None:
+        home = next((collection for collection in scene.collection.children_recursive if thing.name in collection.objects), None)
+    parent = parent_of(home) if home is not None else None
+    return parent if parent is not None and parent.is_editable else scene.collection
+
+
+# The mesh
+
+
+def _mesh(context: bpy.types.Context, path: Path, source: dict, collection: bpy.types.Collection) -> bpy.types.Object:
+    title = collection.name
+    with _scratch_scene(context) as scratch:
+        wanted = dict(import_pack_images=True, merge_vertices=False, import_select_created_objects=False)
+        known = bpy.ops.import_scene.gltf.get_rna_type().properties.keys()
+        bpy.ops.import_scene.gltf(filepath=str(path), **{key: value for key, value in wanted.items() if key in known})
+        scratch.view_layers[0].update()
+        made = list(scratch.collection.all_objects)
+        meshes = [thing for thing in made if thing.type == "MESH"]
+        if len(meshes) != 1:
+            raise ValueError(f"mesh.glb holds {len(meshes)} meshes")
+        thing = meshes[0]
+        thing.select_set(False, view_layer=scratch.view_layers[0])  # Blender 4.2 selects what it imports
+        placed = np.array(thing.matrix_world, np.float64)
+        for holder in list(thing.users_collection):
+            holder.objects.unlink(thing)
+        thing.parent = None
+        for other in made:
+            if other != thing:
+                bpy.data.objects.remove(other)
+    # In double precision: far from the origin, Blender's own matrices would lose what the difference keeps.
+    thing.data.transform(Matrix((_own_frame_from_metres(source) @ placed).tolist()))
+    thing.data.update()
+    _place(thing, source)
+    thing.name, thing.data.name = f"{title} mesh", f"{title} mesh"
+    for material in thing.data.materials:
+        material.name = title
+        for node in material.node_tree.nodes:
+            if node.bl_idname == "ShaderNodeTexImage" and node.image is not None:
+                node.image.name = f"{title} base color"
+                if node.image.packed_file is None:
+                    node.image.pack()
+    collection.objects.link(thing)
+    return thing
+
+
+@contextmanager
+def _scratch_scene(context: bpy.types.Context) -> Iterator[bpy.types.Scene]:
+    """A scene for the glTF importer to work in: it would change the user's mode, selection and active object, and apply the unit scale."""
+    scratch = bpy.data.scenes.new("Kiln import")
+    try:
+        with context.temp_override(
+            scene=scratch,
+            view_layer=scratch.view_layers[0],
+            collection=scratch.collection,
+            layer_collection=scratch.view_layers[0].layer_collection,
+            object=None,
+            active_object=None,
+            edit_object=None,
+            selected_objects=[],
+        ):
+            yield scratch
+    finally:
+        bpy.data.scenes.remove(scratch)
+
+
+# The splats
+
+
+def _splats(path: Path, source: dict, collection: bpy.types.Collection) -> bpy.types.Object:
+    points = splat_nodes.read_ply(path)
+    matrix = _own_frame_from_metres(source)
+    turn = Quaternion(source["rotation"]).inverted()
+    w, x, y, z = turn
+    product = np.array([[w, -x, -y, -z], [x, w, -z, y], [y, z, w, -x], [z, -y, x, w]])  # turn * quaternion
+    moved = splat_nodes.Points(
+        means=points.means @ matrix[:3, :3].T + matrix[:3, 3],
+        scales=points.scales / source["unit_scale"],
+        quaternions=points.quaternions @ product.T,
+        colors=points.colors,
+        opacities=points.opacities,
+    )
+    thing = splat_nodes.make_object(f"{collection.name} splats", moved)
+    _place(thing, source)
+    collection.objects.link(thing)
+    return thing
+
+
+def _own_frame_from_metres(source: dict) -> np.ndarray:
+    """From the results' world (metres) into the source's rigid frame (Blender units), 4x4."""
+    rotation = np.array(Quaternion(source["rotation"]).to_matrix(), np.float64)
+    matrix = np.eye(4)
+    matrix[:3, :3] = rotation.T / source["unit_scale"]
+    matrix[:3, 3] = -rotation.T @ np.array(source["location"], np.float64)
+    return matrix
+
+
+def _place(thing: bpy.types.Object, source: dict) -> None:
+    thing.location = source["location"]
+    thing.rotation_mode = "XYZ"
+    thing.rotation_euler = Quaternion(source["rotation"]).to_euler()
+    thing.scale = (1, 1, 1)
+
+
+# The asset
+
+
+def _mark(context: bpy.types.Context, collection: bpy.types.Collection, folder: Path, source: dict, provenance: dict) -> None:
+    """Asset with picture, tags and a description; the full story as custom properties."""
+    parameters = provenance.get("parameters", {})
+    recipe, version = str(provenance.get("recipe", "")), str(provenance.get("kiln", ""))
+    properties = {
+        "kiln_recipe": recipe,
+        "kiln_preset": str(provenance.get("preset", "")),
+        "kiln_seed": int(parameters.get("seed", 0)),
+        "kiln_parameters": json.dumps(parameters, sort_keys=True),
+        "kiln_source": source.get("title", ""),
+        "kiln_source_hash": source.get("fingerprint", ""),
+        "kiln_source_blender": source.get("blender", ""),
+        "kiln_version": version,
+        "kiln_job": str(provenance.get("job", "")),
+    }
+    for name, value in properties.items():
+        collection[name] = value
+    collection.asset_mark()
+    asset = collection.asset_data
+    asset.author = f"Kiln {version}".strip()
+    made = {key: value for key, value in properties.items() if value not in ("", "{}") and key not in ("kiln_parameters", "kiln_job")}
+    asset.description = "; ".join(f"{key.removeprefix('kiln_').replace('_', ' ')}: {value}" for key, value in made.items())
+    for tag in ("Kiln", recipe):
+        if tag:
+            asset.tags.new(tag, skip_if_exists=True)
+    if (folder / "preview.png").is_file():
+        with context.temp_override(id=collection):
+            bpy.ops.ed.lib_id_load_custom_preview(filepath=str(folder / "preview.png"))
+
+
+def _undo_step(context: bpy.types.Context, message: str) -> None:
+    windows = context.window_manager.windows
+    if context.window is None and windows:  # a timer has no window of its own
+        with context.temp_override(window=windows[0]):
+            bpy.ops.ed.undo_push(message=message)
+    else:
+        bpy.ops.ed.undo_push(message=message)
