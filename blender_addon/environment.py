@@ -97,7 +97,7 @@ def shipped() -> tuple[list[Path], Path | None]:
 
 
 def state(target: Path, locks: Sequence[Path] | None = None, wheel: Path | None = None) -> str:
-    """"missing", "incomplete" (unfinished or broken), "outdated" (made from other versions) or "ready"."""
+    """ "missing", "incomplete" (unfinished or broken), "outdated" (made from other versions) or "ready"."""
     if not target.exists():
         return "missing"
     made = about(target)
@@ -274,7 +274,9 @@ def create(
         with _alone(target, report), open(log, "w", encoding="utf-8", errors="replace") as lines:
             _create(target, python, locks, wheel, torch, bundle, report, lines, started)
     except OSError as error:
-        raise SetupError(f"{error.strerror or error}: {error.filename or target}.", "Make room or check the folder's permissions, then try again.") from error
+        raise SetupError(
+            f"{error.strerror or error}: {error.filename or target}.", "Make room or check the folder's permissions, then try again."
+        ) from error
 
 
 def _create(target, python, locks, wheel, torch, bundle, report, log, started) -> None:
@@ -311,7 +313,12 @@ def _create(target, python, locks, wheel, torch, bundle, report, log, started) -
         run([*install, "--progress-bar=raw", *whole], 0.05, 0.97 if wheel else 1.0, expected=len(names))
         if wheel:  # by itself: an update of Kiln with the same version number still counts
             run([*install, "--no-deps", "--no-index", "--force-reinstall", str(wheel)], 0.97, 1.0)
-    made = {"fingerprint": wanted, "python": version, "device": torch.device if torch else None, "seconds": round(time.monotonic() - started, 1)}
+    made = {
+        "fingerprint": wanted,
+        "python": version,
+        "device": torch.device if torch else None,
+        "seconds": round(time.monotonic() - started, 1),
+    }
     unfinished = target / (MARKER + ".new")
     unfinished.write_text(json.dumps(made, indent=1), "utf-8")
     os.replace(unfinished, target / MARKER)
@@ -330,7 +337,9 @@ def remove(target: Path, report: Report = silent) -> None:
         try:
             target.rename(doomed)  # all or nothing: on Windows a running backend keeps its files, and then nothing is lost
         except OSError as error:
-            raise SetupError(f"{target} is in use: {error.strerror or error}.", "Stop the backend and close other Blenders, then try again.") from error
+            raise SetupError(
+                f"{target} is in use: {error.strerror or error}.", "Stop the backend and close other Blenders, then try again."
+            ) from error
     _delete(doomed)
     report(1.0, "Removed")
 
@@ -390,7 +399,10 @@ def _base_python(python: Path | None, versions: Sequence[tuple[int, int]]) -> tu
     if versions and version[:2] not in versions:
         raise SetupError(f"{base} is Python {'.'.join(map(str, version))}; Kiln's backend needs {fitting}.", "Name another Python.")
     if not able:
-        raise SetupError(f"{base} cannot make environments.", "On Debian and Ubuntu: apt-get install python3-venv. Elsewhere: use Python from python.org.")
+        raise SetupError(
+            f"{base} cannot make environments.",
+            "On Debian and Ubuntu: apt-get install python3-venv. Elsewhere: use Python from python.org.",
+        )
     return base, ".".join(map(str, version))
 
 
@@ -414,7 +426,9 @@ def _wheels_of(bundle: Path | None) -> Iterator[Path | None]:
                 wheels = [name for name in archive.namelist() if name.endswith(".whl") and "/" not in name and "\\" not in name]
                 archive.extractall(folder, wheels)
         except (zipfile.BadZipFile, FileNotFoundError) as error:
-            raise SetupError(f"{bundle} is not an offline bundle: {error}.", "Choose the zip that `build.py package --offline-bundle` made.") from error
+            raise SetupError(
+                f"{bundle} is not an offline bundle: {error}.", "Choose the zip that `build.py package --offline-bundle` made."
+            ) from error
         if not wheels:
             raise SetupError(f"{bundle} holds no wheels.", "Choose the zip that `build.py package --offline-bundle` made.")
         yield Path(folder)
@@ -422,7 +436,17 @@ def _wheels_of(bundle: Path | None) -> Iterator[Path | None]:
 
 def _clean_environment() -> dict[str, str]:
     """This process's environment without what would lead a fresh Python into Blender's or the user's own packages."""
-    unwanted = ("PYTHONHOME", "PYTHONPATH", "PYTHONSTARTUP", "VIRTUAL_ENV", "PIP_TARGET", "PIP_PREFIX", "PIP_USER", "PIP_REQUIRE_VIRTUALENV", "__PYVENV_LAUNCHER__")
+    unwanted = (
+        "PYTHONHOME",
+        "PYTHONPATH",
+        "PYTHONSTARTUP",
+        "VIRTUAL_ENV",
+        "PIP_TARGET",
+        "PIP_PREFIX",
+        "PIP_USER",
+        "PIP_REQUIRE_VIRTUALENV",
+        "__PYVENV_LAUNCHER__",
+    )
     return {name: value for name, value in os.environ.items() if name not in unwanted}
 
 
@@ -474,7 +498,9 @@ class _Commands:
             elif line:
                 self.log.write(line + "\n")
                 said = [*said[-80:], line]
-                if got := re.match(r"(?:Collecting|Requirement already satisfied:|Processing) +(?:\S*/)?([A-Za-z][\w.]*)", line.replace("\\", "/")):
+                if got := re.match(
+                    r"(?:Collecting|Requirement already satisfied:|Processing) +(?:\S*/)?([A-Za-z][\w.]*)", line.replace("\\", "/")
+                ):
                     seen, part = seen + 1, ""
                     share = 0.75 * min(seen / expected, 1.0) if expected else 0.0
                     text = f"Fetching {got[1]}"
@@ -511,17 +537,34 @@ def _system_certificates() -> Iterator[str | None]:
 def _failure(said: list[str], code: int, log: Path) -> SetupError:
     """What pip's last words mean for a person."""
     words = "\n".join(said)
-    told = next((line.removeprefix("ERROR: ") for line in reversed(said) if line.startswith("ERROR: ")), said[-1] if said else f"exit status {code}")
+    told = next(
+        (line.removeprefix("ERROR: ") for line in reversed(said) if line.startswith("ERROR: ")), said[-1] if said else f"exit status {code}"
+    )
     log_at = f"All of pip's output: {log}"
     if "No space left on device" in words or "Errno 28" in words:
         return SetupError("The disk is full.", f"Make room, then try again: what was downloaded is kept. {log_at}")
     if "CERTIFICATE_VERIFY_FAILED" in words:
-        return SetupError("A download was refused: its certificate is not trusted here.", f"Behind a company proxy set PIP_CERT to its certificate file. {log_at}")
+        return SetupError(
+            "A download was refused: its certificate is not trusted here.",
+            f"Behind a company proxy set PIP_CERT to its certificate file. {log_at}",
+        )
     if "ProxyError" in words or "407 Proxy" in words:
         return SetupError("The proxy refused a download.", f"Check HTTPS_PROXY. {log_at}")
-    if any(sign in words for sign in ("NewConnectionError", "NameResolutionError", "ConnectTimeout", "ReadTimeout", "Connection broken", "Network is unreachable")):
+    if any(
+        sign in words
+        for sign in (
+            "NewConnectionError",
+            "NameResolutionError",
+            "ConnectTimeout",
+            "ReadTimeout",
+            "Connection broken",
+            "Network is unreachable",
+        )
+    ):
         return SetupError("The package index cannot be reached.", f"Check the network and try again, or use an offline bundle. {log_at}")
     if missing := re.search(r"No matching distribution found for (\S+)", words):
         here = f"Python {sys.version_info[0]}.{sys.version_info[1]} on {platform.system()} {platform.machine()}"
-        return SetupError(f"pip found no ready-made {missing[1]}.", f"Look at pip's index settings, and at the Python used (this one: {here}). {log_at}")
+        return SetupError(
+            f"pip found no ready-made {missing[1]}.", f"Look at pip's index settings, and at the Python used (this one: {here}). {log_at}"
+        )
     return SetupError(f"pip failed: {told.rstrip('.')}.", log_at)
