@@ -36,7 +36,7 @@ MOST_QUEUED = 10_000
 MOST_INPUTS = 5_000
 CANCEL_SECONDS = 1.5  # from cancel to killing a worker whose step does not yield
 SILENCE_SECONDS = 60.0  # without a sign of life until a worker counts as hung
-STARTING = 3  # times as long while it loads its libraries
+STARTING = 3  # times as long while it may still load libraries
 KEPT = {"progress": 1000, "log": 1000, "preview": 20}  # newest events of a job that stay for a replay
 LOG_BYTES = 5_000_000
 STAGE_BYTES = int(float(os.environ.get("KILN_STAGES_GB", "20")) * 1e9)  # finished stages kept on disk
@@ -90,7 +90,13 @@ class Jobs:
             self._thread.join()
 
     def submit(
-        self, request_id: str, recipe: str, values: dict[str, Any], inputs: dict[str, str], title: str = "", source: dict[str, Any] | None = None
+        self,
+        request_id: str,
+        recipe: str,
+        values: dict[str, Any],
+        inputs: dict[str, str],
+        title: str = "",
+        source: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Queues a job and returns it; when it returns, the job is on disk. The same `request_id` again returns the same job.
 
@@ -98,7 +104,9 @@ class Jobs:
         no-artifact (its message names the file), queue-full, no-space.
         """
         if not isinstance(request_id, str) or not 1 <= len(request_id) <= 100:
-            raise KilnError("bad-request", "A job needs a request id of 1 to 100 characters.", "Give each submission its own, such as a UUID.")
+            raise KilnError(
+                "bad-request", "A job needs a request id of 1 to 100 characters.", "Give each submission its own, such as a UUID."
+            )
         if not isinstance(recipe, str) or not isinstance(values, dict):
             raise KilnError("bad-request", "A job needs a recipe's name and a map of parameter values.", "SPEC.md shows the message.")
         parameters = recipes.values(recipes.make(recipe, values))
@@ -106,7 +114,9 @@ class Jobs:
         try:
             source = json.loads(json.dumps(source or {}))
         except (TypeError, ValueError) as error:
-            raise KilnError("bad-request", f"The provenance cannot be stored: {error}.", "Give text, numbers, lists and maps only.") from None
+            raise KilnError(
+                "bad-request", f"The provenance cannot be stored: {error}.", "Give text, numbers, lists and maps only."
+            ) from None
         with self._lock:
             if request_id in self._requests:
                 return self.get(self._requests[request_id])
@@ -313,7 +323,7 @@ class Jobs:
                 slot.end()
                 self._record(slot.job, "cancelled", durable=True, state="cancelled", finished=time.time(), text="")
                 slot.free()
-            elif slot.silence > self._silence_seconds * (1 if slot.ready else STARTING):
+            elif slot.silence > self._silence_seconds * (1 if slot.warm else STARTING):
                 self._died(slot, f"gave no sign of life for {slot.silence:.0f} s")
         if slot.process is None and slot.job is not None:  # the disk was full when it ended
             self._settle(slot)
@@ -327,7 +337,10 @@ class Jobs:
                     except OSError as error:
                         slot.failures += 1
                         if job is not None:
-                            self._fail(job, KilnError("worker-died", f"The worker cannot be started: {error}.", "`kiln doctor` says what is wrong."))
+                            self._fail(
+                                job,
+                                KilnError("worker-died", f"The worker cannot be started: {error}.", "`kiln doctor` says what is wrong."),
+                            )
                         return
                 if job is not None:
                     self._run(slot, job)
@@ -355,7 +368,8 @@ class Jobs:
         kind, job = message["kind"], slot.job
         if kind == "ready":
             slot.ready, slot.failures = True, 0
-            self._device = message["device"]
+        elif kind == "device":
+            slot.warm, self._device = True, message["device"]
         if job is None or message.get("job") != job["id"]:
             return
         if kind in ("stage", "progress", "preview", "log"):
@@ -376,8 +390,8 @@ class Jobs:
                 self._fail(job, error)
             else:
                 self._record(
-                    job, "done", {"results": results}, durable=True, state="done", results=results, finished=time.time(), fraction=1.0, text="",
-                    error=None,
+                    job, "done", {"results": results}, durable=True, state="done", results=results, finished=time.time(), fraction=1.0,
+                    text="", error=None,
                 )  # fmt: skip
             slot.free()
         elif kind == "failed":
@@ -437,7 +451,8 @@ class Jobs:
             if slot.out_of_memory:
                 error = out_of_memory(job["recipe"], job["parameters"], message + " Most likely the system ran out of memory.")
             else:
-                hint = f"Retry with a smaller preset. The worker's last words, in {self.store.logs / 'worker.log'}: {_tail(self.store.logs)}"
+                last_words = f"The worker's last words, in {self.store.logs / 'worker.log'}: {_tail(self.store.logs)}"
+                hint = f"Retry with a smaller preset. {last_words}"
                 error = KilnError("worker-died", message, hint)
             self._fail(job, error)
         slot.free()
@@ -455,7 +470,7 @@ class _Slot:
         self.folder: Path | None = None
         self.cancel_at: float | None = None
         self.silence = 0.0
-        self.ready = False
+        self.ready = self.warm = False
         self.failures = 0  # to get ready, in a row: a broken installation is not started again and again without a job
         self.death, self.out_of_memory = "", False
 
@@ -472,10 +487,10 @@ class _Slot:
         flags = subprocess.CREATE_NO_WINDOW | subprocess.BELOW_NORMAL_PRIORITY_CLASS if sys.platform == "win32" else 0
         with open(log, "ab") as errors:
             process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "backend.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=environment,
-                cwd=store.root, creationflags=flags,
+                [sys.executable, "-P", "-m", "backend.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                env=environment, cwd=store.root, creationflags=flags,
             )  # fmt: skip
-        self.process, self.ready, self.silence = process, False, 0.0
+        self.process, self.ready, self.warm, self.silence = process, False, False, 0.0
         self.messages.clear()
 
         def read() -> None:
@@ -532,7 +547,9 @@ def _check_inputs(inputs: dict[str, str]) -> None:
         folded.add(name.casefold())
     parents = {"/".join(parts[:count]) for parts in (name.split("/") for name in folded) for count in range(1, len(parts))}
     if len(folded) < len(inputs) or folded & parents:
-        raise KilnError("bad-input", "Two inputs have one name on some systems.", "Let names differ in more than case, and no file be a folder.")
+        raise KilnError(
+            "bad-input", "Two inputs have one name on some systems.", "Let names differ in more than case, and no file be a folder."
+        )
 
 
 def _wire(job: dict[str, Any]) -> dict[str, Any]:

@@ -45,14 +45,19 @@ def check_hash(hash: object) -> str:
     """`hash` if it is a SHA-256 in lower-case hex, else `KilnError("bad-hash")`. Keeps file names out of the artifact folder's paths."""
     if isinstance(hash, str) and _HASH.fullmatch(hash):
         return hash
-    raise KilnError("bad-hash", f"{str(hash)[:80]!r} is not an artifact's hash.", "Give the SHA-256 of its bytes as 64 lower-case hex digits.")
+    raise KilnError(
+        "bad-hash", f"{str(hash)[:80]!r} is not an artifact's hash.", "Give the SHA-256 of its bytes as 64 lower-case hex digits."
+    )
 
 
 def check_name(name: object) -> str:
     """`name` if it is a relative path with forward slashes that stays in its folder on every system, else `KilnError("bad-input")`."""
     parts = name.split("/") if isinstance(name, str) and len(name) <= 240 else []
     fits = 1 <= len(parts) <= 8 and not any(
-        part in ("", ".", "..") or part[-1] in ". " or _RESERVED.match(part) or any(c in '\\:*?"<>|' or ord(c) < 32 or ord(c) == 127 for c in part)
+        part in ("", ".", "..")
+        or part[-1] in ". "
+        or _RESERVED.match(part)
+        or any(c in '\\:*?"<>|' or ord(c) < 32 or ord(c) == 127 for c in part)
         for part in parts
     )
     if not fits:
@@ -306,6 +311,7 @@ class Store:
             # The lock belongs to the process, so it cannot be left behind, and no second backend can run the same jobs.
             database.execute("PRAGMA locking_mode = EXCLUSIVE")
             database.execute("PRAGMA journal_mode = WAL")
+            database.execute("PRAGMA wal_autocheckpoint = 128")  # pages: a log of half a megabyte, small beside the ballast
             database.execute("BEGIN IMMEDIATE")
             self._migrate(database)
             database.execute("COMMIT")
@@ -329,12 +335,15 @@ class Store:
         version = database.execute("PRAGMA user_version").fetchone()[0]
         if version > SCHEMA:
             raise KilnError(
-                "store-too-new", f"{self.root} was written by a newer Kiln (table version {version}, this one knows {SCHEMA}).", "Update Kiln."
+                "store-too-new",
+                f"{self.root} was written by a newer Kiln (table version {version}, this one knows {SCHEMA}).",
+                "Update Kiln.",
             )
         if version < 1:
             database.execute("CREATE TABLE jobs (id TEXT PRIMARY KEY, request TEXT UNIQUE, position INTEGER NOT NULL, job TEXT NOT NULL)")
             database.execute(
-                "CREATE TABLE events (job TEXT, number INTEGER, kind TEXT NOT NULL, event TEXT NOT NULL, PRIMARY KEY (job, number)) WITHOUT ROWID"
+                "CREATE TABLE events (job TEXT, number INTEGER, kind TEXT NOT NULL, event TEXT NOT NULL, PRIMARY KEY (job, number))"
+                " WITHOUT ROWID"
             )
             database.execute(  # number: the event that shows the artifact; 0 for a job's inputs and results
                 "CREATE TABLE refs (job TEXT, number INTEGER, hash TEXT, PRIMARY KEY (job, number, hash)) WITHOUT ROWID"
@@ -396,7 +405,9 @@ class Upload:
         if self.offset != self.size or found != self.hash:
             self.abort(keep=False)
             raise KilnError(
-                "bad-hash", f"{self.offset} of {self.size} bytes arrived, with the hash {found[:12]}… instead of {self.hash[:12]}….", "Send the file again."
+                "bad-hash",
+                f"{self.offset} of {self.size} bytes arrived, with the hash {found[:12]}… instead of {self.hash[:12]}….",
+                "Send the file again.",
             )
         try:
             with disk.full_disk_named(self._store.root):

@@ -1,9 +1,9 @@
 """`python -m backend.worker`: the process that computes. It takes commands from jobs.py on its standard input and reports on its standard
 output, as frames of a 4-byte length (big-endian) and a msgpack map; what libraries print goes to its standard error, a log file.
 
-In: `run` (job, recipe, parameters, inputs: name -> [path, hash], folder, stages, stages_bytes), `cancel` (job), `quit`. Out: `ready`
-(device), `alive` every 2 s, and for a job: `stage`, `progress`, `preview` (PNG), `log`, then one of `done` (results: names), `failed`
-(error), `cancelled`. The process ends by itself when its standard input closes: it never outlives the server.
+In: `run` (job, recipe, parameters, inputs: name -> [path, hash], folder, stages, stages_bytes), `cancel` (job), `quit`. Out: `ready`,
+`device` once it is warm, `alive` every 2 s, and for a job: `stage`, `progress`, `preview` (PNG), `log`, then one of `done` (results:
+names), `failed` (error), `cancelled`. The process ends by itself when its standard input closes: it never outlives the server.
 """
 
 from __future__ import annotations
@@ -93,8 +93,12 @@ def main() -> None:
 
     threading.Thread(target=listen, daemon=True).start()
     threading.Thread(target=beat, daemon=True).start()
-    send({"kind": "ready", "device": warm_up(todo)})
+    send({"kind": "ready"})
+    warm = False
     while True:
+        if not warm and todo.empty():  # a job that waits already loads what it needs, and no more
+            warm = True
+            send({"kind": "device", "device": warm_up(todo.empty)})
         command = todo.get()
         job = command["job"]
         outcome = run_job(command, lambda event, job=job: send({"job": job, **event}), lambda job=job: job in cancelled)
@@ -119,22 +123,15 @@ def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
     return os.fdopen(commands, "rb"), os.fdopen(replies, "wb")
 
 
-def warm_up(todo: queue.SimpleQueue | None = None) -> dict[str, Any]:
-    """Loads what every job needs, and what takes long the first time unless a job already waits. Returns the device."""
-    modules = []
+def warm_up(idle: Callable[[], bool]) -> dict[str, Any]:
+    """Loads and compiles ahead what jobs need, as long as none waits. Returns the device."""
     for module, _ in PIPELINES.values():
         try:
-            modules.append(importlib.import_module(module))
+            if idle() and hasattr(loaded := importlib.import_module(module), "warm_up"):
+                loaded.warm_up()
         except Exception:  # the job that needs it says so; the others run
             traceback.print_exc()
-    found = device()
-    for module in modules:
-        if hasattr(module, "warm_up") and (todo is None or todo.empty()):
-            try:
-                module.warm_up()
-            except Exception:
-                traceback.print_exc()
-    return found
+    return device()
 
 
 def device() -> dict[str, Any]:
@@ -217,8 +214,12 @@ def describe(error: BaseException, command: dict[str, Any], stage: str) -> KilnE
     where = f" in {stage!r}" if stage else ""
     text = str(error).strip().partition("\n")[0][:300]
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
-        return out_of_memory(command["recipe"], command["parameters"], f"The memory did not suffice{where}: {text or type(error).__name__}.")
-    return KilnError("internal", f"{type(error).__name__}{where}: {text}.", "This is a defect of Kiln; the job's log holds what a report needs.")
+        return out_of_memory(
+            command["recipe"], command["parameters"], f"The memory did not suffice{where}: {text or type(error).__name__}."
+        )
+    return KilnError(
+        "internal", f"{type(error).__name__}{where}: {text}.", "This is a defect of Kiln; the job's log holds what a report needs."
+    )
 
 
 def out_of_memory(recipe: str, parameters: dict[str, Any], message: str) -> KilnError:
@@ -234,7 +235,7 @@ def out_of_memory(recipe: str, parameters: dict[str, Any], message: str) -> Kiln
 
 
 def lay_out(inputs: dict[str, list[str]], folder: Path) -> None:
-    """Makes the job's input folder from artifacts: `inputs` maps relative names to (path, SHA-256). Links, or copies where links cannot be."""
+    """Makes the job's input folder from artifacts: `inputs` maps relative names to (path, SHA-256). Links where it can, else copies."""
     folder.mkdir(parents=True)
     for name, (path, hash) in inputs.items():
         target = folder / check_name(name)

@@ -235,7 +235,9 @@ def _feed(digest: Any, given: Any) -> None:
             with open(path, "rb") as file:
                 tag("h", hashlib.file_digest(file, "sha256").digest())
     else:
-        raise TypeError(f"A stage cannot take {type(given).__qualname__}: give arrays, numbers, text, paths, lists, maps or dataclasses of them.")
+        raise TypeError(
+            f"A stage cannot take {type(given).__qualname__}: give arrays, numbers, text, paths, lists, maps or dataclasses of them."
+        )
 
 
 # -- Values as files ------------------------------------------------------------------------------------------------------------------
@@ -272,7 +274,9 @@ def pack(value: Any) -> list[bytes | memoryview]:
                 raise TypeError(f"{where} is a {name}, which is not a module-level dataclass of backend or protocol.")
             fields = {entry.name: outline(getattr(value, entry.name), f"{where}.{entry.name}") for entry in dataclasses.fields(value)}
             return {"$dataclass": [name, fields]}
-        raise TypeError(f"{where} is a {type(value).__qualname__}; a stage returns arrays, numbers, text, lists, maps or dataclasses of them.")
+        raise TypeError(
+            f"{where} is a {type(value).__qualname__}; a stage returns arrays, numbers, text, lists, maps or dataclasses of them."
+        )
 
     head = msgpack.packb(outline(value, "the stage's result"))
     head = struct.pack("<q", len(head)) + head

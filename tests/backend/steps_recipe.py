@@ -98,4 +98,4 @@ def steps(run: Run, folder: Path, p: Steps) -> Sum:
 
 
 recipes.RECIPES["steps"] = Steps
-PIPELINES["steps"] = ("steps_recipe", "steps")
+PIPELINES["steps"] = ("tests.backend.steps_recipe", "steps")
