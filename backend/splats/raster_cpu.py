@@ -766,7 +766,7 @@ class Rasteriser:
         self.threads = threads
         self._buffers: dict[str, np.ndarray] = {}
 
-    def _buffer(self, name: str, size: int, dtype=np.float32) -> np.ndarray:
+    def buffer(self, name: str, size: int, dtype=np.float32) -> np.ndarray:
         """A flat array that lasts from call to call: fresh memory costs more in page faults than the work done in it."""
         held = self._buffers.get(name)
         if held is None or len(held) < size:
@@ -783,39 +783,39 @@ class Rasteriser:
         self.row = self.tiles_x * TILE  # pixels a padded row
         self.area = self.row * self.tiles_y * TILE
         self.camera = camera_numbers(camera)
-        self.records = self._buffer("records", count * RECORD)
-        self.features = self._buffer("features", count * FEATURES)
-        rectangles = self._buffer("rectangles", count * 4, np.int32)
-        self.areas = self._buffer("areas", count, np.int32)
-        depths = self._buffer("depths", count)
+        self.records = self.buffer("records", count * RECORD)
+        self.features = self.buffer("features", count * FEATURES)
+        rectangles = self.buffer("rectangles", count * 4, np.int32)
+        self.areas = self.buffer("areas", count, np.int32)
+        depths = self.buffer("depths", count)
         run(
             self.threads, project, count, self.parameters, self.stride, self.degree, self.camera, self.tiles_x, self.tiles_y,
             self.records, self.features, rectangles, self.areas, depths,
         )  # fmt: skip
-        order, other = self._buffer("order", count, np.int32), self._buffer("other", count, np.int32)
-        self.slots = self._buffer("slots", count, np.int64)
+        order, other = self.buffer("order", count, np.int32), self.buffer("other", count, np.int32)
+        self.slots = self.buffer("slots", count, np.int64)
         visible, self.slot_count = sort_by_depth(count, self.areas, depths, order, other, self.slots)
         tiles = self.tiles_x * self.tiles_y
-        self.masks = self._buffer("masks", self.slot_count, np.uint16)
-        counts = self._buffer("counts", BANDS * tiles, np.int32).reshape(BANDS, tiles)
+        self.masks = self.buffer("masks", self.slot_count, np.uint16)
+        counts = self.buffer("counts", BANDS * tiles, np.int32).reshape(BANDS, tiles)
         run(self.threads, count_tiles, visible, order, self.records, rectangles, self.slots, self.tiles_x, self.masks, counts)
-        self.starts = self._buffer("starts", tiles + 1, np.int32)
+        self.starts = self.buffer("starts", tiles + 1, np.int32)
         self.entry_count = start_tiles(counts, self.starts)
-        self.entries = self._buffer("entries", 3 * self.entry_count, np.int32)
+        self.entries = self.buffer("entries", 3 * self.entry_count, np.int32)
         run(self.threads, fill_tiles, visible, order, rectangles, self.slots, self.tiles_x, self.masks, counts, self.entries)
         lengths = np.diff(self.starts)
         self.longest = int(lengths.max())
         self.tile_order = np.argsort(-lengths, kind="stable")  # the longest first, so that no thread is left with one at the end
-        self.reached = self._buffer("reached", self.entry_count, np.int32)
+        self.reached = self.buffer("reached", self.entry_count, np.int32)
 
     def compose(self, crossing: float | None = None, features: np.ndarray | None = None) -> Float[np.ndarray, "5 rows columns"]:
         """Four feature planes (red, green, blue, depth, or `features`, N x 4) and alpha, padded to whole tiles, on black.
 
         With `crossing`, `self.crossed` becomes the depth of the Gaussian at which transmittance falls to it (0 where it does not).
         """
-        self.planes = self._buffer("planes", PLANES * self.area)
+        self.planes = self.buffer("planes", PLANES * self.area)
         self.composed = self.features if features is None else features.reshape(-1)
-        self.crossed = self._buffer("crossed", self.area if crossing is not None else 1)
+        self.crossed = self.buffer("crossed", self.area if crossing is not None else 1)
         run(
             self.threads, compose, self.tile_order, self.starts, self.longest, self.entries, self.records, self.composed, self.tiles_x,
             self.width, self.height, self.row, None if crossing is None else F(crossing), self.planes, self.crossed, self.reached,
@@ -827,14 +827,14 @@ class Rasteriser:
 
         For a picture of other features, adds (`more`) the geometry's part to `result` instead and returns the features' gradients, N x 4.
         """
-        slot_gradients = self._buffer("slot_gradients", self.slot_count * SLOT)
+        slot_gradients = self.buffer("slot_gradients", self.slot_count * SLOT)
         background = np.asarray(background, np.float32)
         run(
             self.threads, compose_back, self.tile_order, self.starts, self.entries, self.records, self.composed, self.tiles_x, self.width,
             self.height, self.row, background, self.planes, gradients.reshape(-1), self.reached, slot_gradients,
         )  # fmt: skip
         colored = self.composed is self.features
-        screen = self._buffer("screen", self.stride) if colored else self._buffer("feature_gradients", self.count * FEATURES)
+        screen = self.buffer("screen", self.stride) if colored else self.buffer("feature_gradients", self.count * FEATURES)
         run(
             self.threads, project_back, self.count, self.parameters, self.stride, self.degree, self.camera, self.records, self.areas,
             self.slots, self.masks, slot_gradients, colored, more, result.reshape(-1), screen,

@@ -83,6 +83,7 @@ _infix(operator.mul, Lanes, lambda b, x, y: b.fmul(x, y, flags=_CONTRACT))
 _infix(operator.truediv, Lanes, lambda b, x, y: b.fdiv(x, y, flags=_CONTRACT))
 _infix(operator.lt, Mask, lambda b, x, y: b.fcmp_ordered("<", x, y))
 _infix(operator.le, Mask, lambda b, x, y: b.fcmp_ordered("<=", x, y))
+_infix(operator.ge, Mask, lambda b, x, y: b.fcmp_ordered(">=", x, y))
 _infix(operator.gt, Mask, lambda b, x, y: b.fcmp_ordered(">", x, y))
 
 

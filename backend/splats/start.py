@@ -1,0 +1,148 @@
+"""Where Gaussians begin: on the surface that the views' depth shows, or in the shell of the visual hull of their silhouettes."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float
+from scipy.ndimage import binary_dilation, binary_erosion
+from scipy.spatial import cKDTree
+
+from backend.views.views import Views
+from protocol.errors import KilnError
+
+from .model import SH_C0, Splats
+
+SOLID = 0.5  # alpha from which a pixel belongs to the subject
+HULL_GRID = 96  # cells along each side of the hull's grid
+VOTES = 0.9  # share of the views that see a cell which must see it inside: silhouettes may disagree a little
+OPACITY = 0.3  # at the start, so that splats behind others get gradients
+SURFACE_OPACITY = 0.5
+FLATNESS = 0.25  # thickness of a surface splat by its extent
+
+
+def on_surface(views: Views, count: int, sh_degree: int, random: np.random.Generator) -> Splats:
+    """Flat Gaussians on the surface that depth and normals of all views show, at most `count`, evenly spread."""
+    points, colors, normals = [], [], []
+    for i, camera in enumerate(views.cameras):
+        solid = (views.alpha[i] > SOLID) & (views.depth[i] > 0)
+        points.append(camera.unproject(views.depth[i])[solid])
+        colors.append(views.images[i][solid])
+        normals.append(views.normals[i][solid])
+    points, colors, normals = (np.concatenate(part) for part in (points, colors, normals))
+    if len(points) == 0:
+        raise KilnError("bad-input", "No view has depth where its alpha shows the subject.", "Capture the views again.")
+    thinned = _thin(points, count)
+    sizes = np.bincount(thinned)
+    points, colors, normals = (
+        np.stack([np.bincount(thinned, column) for column in part.T], 1) / sizes[:, None] for part in (points, colors, normals)
+    )
+    if len(points) > count:
+        kept = random.choice(len(points), count, replace=False)
+        points, colors, normals = points[kept], colors[kept], normals[kept]
+    spacing = _spacing(points)
+    scales = np.stack([spacing, spacing, FLATNESS * spacing], 1)
+    return _splats(points, _quaternions_to(normals), scales, SURFACE_OPACITY, colors, sh_degree)
+
+
+def in_hull(views: Views, count: int, sh_degree: int, random: np.random.Generator) -> Splats:
+    """Round Gaussians in the shell of the visual hull (Laurentini 1994), at most `count`, coloured by the views that face them."""
+    axis = (np.arange(HULL_GRID) + 0.5) / HULL_GRID * 2 - 1
+    centres = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
+    inside, seen = np.zeros(len(centres), np.int32), np.zeros(len(centres), np.int32)
+    for i, camera in enumerate(views.cameras):
+        # A cell is as wide as several pixels, so silhouettes grow by half a cell: thin parts leave a hull.
+        cell = camera.fx * 2 / HULL_GRID / np.linalg.norm(camera.centre)
+        solid = binary_dilation(views.alpha[i] > SOLID, iterations=max(1, round(cell / 2)))
+        hit, visible = _look_up(solid, camera, centres)
+        inside += hit & visible
+        seen += visible
+    hull = ((inside >= VOTES * seen) & (seen > 0)).reshape((HULL_GRID,) * 3)
+    if not hull.any():
+        raise KilnError(
+            "bad-input", "The silhouettes of the views do not fit together: they enclose nothing.",
+            "Check that the cameras belong to the pictures and that alpha shows one subject.",
+        )  # fmt: skip
+    shell = (hull & ~binary_erosion(hull, iterations=2)).reshape(-1)
+    candidates = centres[shell]
+    # As many points as asked for: several to a cell, or a random choice of cells.
+    chosen = candidates[random.permutation(len(candidates))[np.arange(count) % len(candidates)]] if count < len(candidates) else np.concatenate(
+        [candidates, candidates[random.integers(0, len(candidates), count - len(candidates))]]
+    )
+    points = chosen + random.uniform(-1, 1, chosen.shape) / HULL_GRID
+    outward = _outward(hull, points)
+    spacing = _spacing(points)
+    quaternions = np.tile([1.0, 0.0, 0.0, 0.0], (len(points), 1))
+    return _splats(points, quaternions, np.repeat(spacing[:, None], 3, 1), OPACITY, _facing_colors(views, points, outward), sh_degree)
+
+
+def _look_up(picture, camera, points):
+    """The picture's values where points fall, and which points it shows."""
+    pixels, depth = camera.project(points)
+    x, y = np.floor(pixels).astype(np.int64).T
+    visible = (depth > 0) & (x >= 0) & (x < camera.width) & (y >= 0) & (y < camera.height)
+    return picture[np.clip(y, 0, camera.height - 1), np.clip(x, 0, camera.width - 1)], visible
+
+
+def _outward(hull, points):
+    """Unit vectors out of the hull at points near its surface: downhill in how full the neighbourhood is."""
+    from scipy.ndimage import gaussian_filter
+
+    full = gaussian_filter(hull.astype(np.float32), 2)
+    cells = np.clip(((points + 1) / 2 * HULL_GRID).astype(int), 1, HULL_GRID - 2)
+    slope = np.stack([full[tuple((cells + step).T)] - full[tuple((cells - step).T)] for step in np.eye(3, dtype=int)], 1)
+    return -slope / np.maximum(np.linalg.norm(slope, axis=1, keepdims=True), 1e-9)
+
+
+def _facing_colors(views: Views, points, outward):
+    """Colour of each point: the mean over the views that see it inside the subject, weighted by how much they face it."""
+    total, weight = np.zeros((len(points), 3)), np.zeros((len(points), 1))
+    for i, camera in enumerate(views.cameras):
+        towards = camera.centre - points
+        facing = np.maximum((towards * outward).sum(1) / np.linalg.norm(towards, axis=1), 0) ** 4 + 1e-6
+        solid, visible = _look_up(views.alpha[i], camera, points)
+        color, _ = _look_up(views.images[i], camera, points)
+        facing = (facing * solid * visible)[:, None]
+        total += facing * color
+        weight += facing
+    return np.where(weight > 0, total / np.maximum(weight, 1e-12), 0.5)
+
+
+def _thin(points, count):
+    """A number for each point, equal for points of one voxel; voxels as small as leaves about `count` of them."""
+    low = points.min(0)
+    extent = float((points.max(0) - low).max()) + 1e-9
+    small, large = extent / 4096, extent
+    for _ in range(14):
+        size = (small * large) ** 0.5
+        cells = ((points - low) / size).astype(np.int64)
+        if len(np.unique((cells[:, 0] << 40) + (cells[:, 1] << 20) + cells[:, 2])) > count:
+            small = size
+        else:
+            large = size
+    cells = ((points - low) / large).astype(np.int64)
+    return np.unique((cells[:, 0] << 40) + (cells[:, 1] << 20) + cells[:, 2], return_inverse=True)[1].reshape(-1)
+
+
+def _spacing(points):
+    """Mean distance to the three nearest neighbours, kept within a factor of ten of the median."""
+    if len(points) < 4:
+        return np.full(len(points), 0.02)
+    nearest = cKDTree(points).query(points, k=4)[0][:, 1:].mean(1)
+    middle = float(np.median(nearest))
+    return np.clip(nearest, middle / 10, middle * 10) + 1e-6
+
+
+def _quaternions_to(normals):
+    """Rotations (w first) that take the z axis to each normal; none where a normal is 0."""
+    length = np.linalg.norm(normals, axis=1, keepdims=True)
+    unit = np.where(length > 1e-6, normals / np.maximum(length, 1e-6), [0.0, 0.0, 1.0])
+    unit = np.where(unit[:, 2:] < 0, -unit, unit)  # a flat Gaussian has no front: stay away from the half turn
+    quaternions = np.stack([1 + unit[:, 2], -unit[:, 1], unit[:, 0], np.zeros(len(unit))], 1)
+    return quaternions / np.linalg.norm(quaternions, axis=1, keepdims=True)
+
+
+def _splats(points, quaternions, scales, opacity, colors, sh_degree) -> Splats:
+    sh = np.zeros((len(points), (sh_degree + 1) ** 2, 3), np.float32)
+    sh[:, 0] = (colors - 0.5) / SH_C0
+    logits = np.full(len(points), np.log(opacity / (1 - opacity)), np.float32)
+    return Splats(points.astype(np.float32), quaternions.astype(np.float32), np.log(scales).astype(np.float32), logits, sh)
