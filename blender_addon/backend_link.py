@@ -37,7 +37,8 @@ LOOK_AGAIN = 2.0  # seconds between looks for a backend that somebody else start
 LISTEN = 0.1  # seconds of listening for events between two looks at the orders
 LOG_TAIL = 40  # lines of the backend's log shown with an error
 STOPPED = KilnError("backend-stopped", "The backend is stopped.", "Press Start in the Kiln tab.")
-GONE = ("backend-gone", "timeout", "disconnected")  # errors that say that nobody answers
+PATIENCE = 0.5  # seconds that a lost connection is tried again before the backend counts as gone
+GONE = ("unavailable", "refused")  # errors that say that nobody answers
 FINAL = ("done", "failed", "cancelled")
 
 
@@ -78,7 +79,8 @@ class Link(threading.Thread):
         self._process: subprocess.Popen | None = None
         self._wanted = False  # somebody asked for a running backend
         self._deaths = 0
-        self._started_at = 0.0
+        self._started_at = self._reached_at = 0.0
+        self._device_asked = 0.0
         self._next_look = 0.0
         self._state: dict = {}
         self._active: set[str] = set()  # jobs that are not finished: they are why a dead backend is started again
@@ -141,17 +143,17 @@ class Link(threading.Thread):
         self._next_look = time.monotonic() + (0.1 if self._process else LOOK_AGAIN)
         path = self._where.remote or connection.default_path()
         failure = None
-        if path.is_file() and (self._where.remote or self._alive(path)):
-            try:
-                self._connect(path)
+        try:
+            found = connection.Connection.load(path)
+            # A file of an earlier run lies there until the process that we started has written its own.
+            if self._process is None or self._process.poll() is not None or found.pid == self._process.pid:
+                self._connect(found)
                 return
-            except KilnError as error:
-                failure = error
-        elif self._where.remote:
-            failure = KilnError("no-connection-file", f"There is no file {path}.", "Copy the backend's connection file to this place.")
+        except KilnError as error:
+            failure = error
         if self._where.remote:
             self._give_up("unreachable", failure)
-        elif failure and failure.code == "bad-version":
+        elif failure and failure.code in ("bad-version", "bad-connection", "no-curve"):
             self._give_up("failed", failure)
         elif self._process is not None:
             self._watch_start()
@@ -162,8 +164,8 @@ class Link(threading.Thread):
         elif self._state.get("state") != "failed":
             self._give_up("stopped", STOPPED)
 
-    def _connect(self, path: Path) -> None:
-        made = client.Client(connection.Connection.load(path))
+    def _connect(self, found: connection.Connection) -> None:
+        made = client.Client(found, patience=PATIENCE)
         try:
             hello = made.hello()
             made.subscribe()
@@ -173,6 +175,7 @@ class Link(threading.Thread):
             raise
         self._client = made
         self._reached_at = time.monotonic()
+        self._wanted = True  # once it was there, it is expected to stay
         self._active = {job["id"] for job in jobs if job["state"] not in FINAL}
         self._tell_state("running", hello=hello)
         self._tell("jobs", jobs=jobs)
@@ -185,9 +188,6 @@ class Link(threading.Thread):
         previews = [event for event in self._client.events(job["id"]) if event["kind"] == "preview"]
         if previews:
             self._fetch_picture(job["id"], previews[-1]["artifact"])
-
-    def _alive(self, path: Path) -> bool:
-        return True
 
     def _start(self) -> None:
         wait = RESTART_AFTER[self._deaths - 1] if self._deaths else 0.0
@@ -203,11 +203,16 @@ class Link(threading.Thread):
             apart = {"creationflags": subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP}
         else:
             apart = {"start_new_session": True}
-        with open(self._where.log, "wb") as log:
-            self._process = subprocess.Popen(
-                [str(self._where.python), "-m", "backend.cli", "serve", "--until-idle"],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=str(self._where.log.parent), **apart,
-            )  # fmt: skip
+        try:
+            with open(self._where.log, "wb") as log:
+                self._process = subprocess.Popen(
+                    [str(self._where.python), "-m", "backend.cli", "serve", "--until-idle"],
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=str(self._where.log.parent), **apart,
+                )  # fmt: skip
+        except OSError as error:
+            self._wanted = False
+            words = f"The backend cannot be started with {self._where.python}: {error.strerror or error}."
+            self._give_up("failed", KilnError("backend-died", words, "Repair the backend, or check the Python in Kiln's preferences."))
         self._started_at = time.monotonic()
 
     def _watch_start(self) -> None:
@@ -321,7 +326,10 @@ class Link(threading.Thread):
     # Orders to the backend
 
     def _order_submit(self, ticket: int, recipe: str, values: dict, inputs: dict, title: str, source: dict) -> dict:
-        job = self._client.submit(recipe, values, inputs, title=title, source=source)
+        def report(sent, total):
+            self._tell("transfer", ticket=ticket, fraction=sent / max(total, 1))
+
+        job = self._client.submit(recipe, values, inputs, title=title, source=source, progress=report)
         self._active.add(job["id"])
         return job
 
@@ -334,6 +342,8 @@ class Link(threading.Thread):
             def report(received, before=before):
                 self._tell("transfer", ticket=ticket, fraction=(before + received) / whole)
 
+            if Path(name).name != name:
+                raise KilnError("bad-result", f"The backend names a result {name!r}, which is no file name.", "Update Kiln on both sides.")
             self._client.download(result["hash"], folder / name, progress=report)
             before += result["size"]
         return folder
@@ -352,6 +362,9 @@ class Link(threading.Thread):
 
     def _listen(self) -> None:
         """Passes on what happened to the jobs."""
+        if self._process is not None and self._process.poll() is not None:
+            raise KilnError("unavailable", "The backend ended.", "")
+        self._learn_device()
         pictures: dict[str, str] = {}
         changed: list[str] = []
         for event in self._client.poll(LISTEN):
@@ -367,6 +380,13 @@ class Link(threading.Thread):
             self._tell("job", job=job)
         for name, artifact in pictures.items():
             self._fetch_picture(name, artifact)
+
+    def _learn_device(self) -> None:
+        """The worker that knows the device starts after the server answers: asks again until it says."""
+        hello = self._state.get("hello") or {}
+        if (hello.get("device") or {}).get("kind", "unknown") == "unknown" and time.monotonic() > self._device_asked + 2.0:
+            self._device_asked = time.monotonic()
+            self._tell_state("running", hello={**hello, "device": self._client.status()["device"]})
 
     def _fetch_picture(self, job: str, artifact: str) -> None:
         path = self._pictures / f"{job}-{artifact[:16]}.png"

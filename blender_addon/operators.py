@@ -152,7 +152,7 @@ class JobOperator:
         window = context.window_manager.kiln
         name = self.job or (window.jobs[window.active_job].name if window.active_job < len(window.jobs) else "")
         if name not in now.jobs:
-            raise KilnError("no-such-job", f"There is no job {name!r}." if name else "There is no job.", "")
+            raise KilnError("no-job", f"There is no job {name!r}." if name else "There is no job.", "")
         return now.jobs[name]
 
     def execute(self, context):
@@ -260,12 +260,12 @@ class SetUpOperator:
 
     def execute(self, context):
         try:
-            session.current.set_up(self.action, **self.options(context))
+            session.current.set_up(self.action, **self.arguments())
         except KilnError as error:
             return refuse(self, error)
         return {"FINISHED"}
 
-    def options(self, context) -> dict:
+    def arguments(self) -> dict:
         return {}
 
 
@@ -285,7 +285,7 @@ class KILN_OT_set_up_from_bundle(SetUpOperator, ImportHelper, bpy.types.Operator
     filename_ext = ".zip"
     filter_glob: StringProperty(default="*.zip", options={"HIDDEN"})
 
-    def options(self, context):
+    def arguments(self):
         return {"bundle": Path(self.filepath)}
 
 
@@ -309,7 +309,7 @@ class KILN_OT_remove_backend(SetUpOperator, bpy.types.Operator):
     def invoke(self, context, event):
         return context.window_manager.invoke_props_dialog(self)
 
-    def options(self, context):
+    def arguments(self):
         return {"jobs": self.jobs}
 
 

@@ -93,8 +93,14 @@ def time_text(seconds: float) -> str:
 def backend_words(backend: dict) -> str:
     if backend["state"] == "running":
         hello = backend["hello"] or {}
-        return f"Ready: {hello.get('device', 'this computer')}" + (" (remote)" if backend["remote"] else "")
+        place = f" on {hello.get('host', 'another computer')}" if backend["remote"] else ""
+        return f"Ready{place}: {device_words(hello)}"
     return LOOK[backend["state"]][1]
+
+
+def device_words(hello: dict) -> str:
+    device = hello.get("device") or {}
+    return device.get("name") or device.get("kind") or "device unknown"
 
 
 def draw_backend(layout, context) -> None:
@@ -126,11 +132,11 @@ def draw_backend(layout, context) -> None:
     elif backend["text"]:
         draw_text(layout, context, backend["text"])
     hello = backend["hello"] or {}
-    for label, key in (("Device", "device"), ("Kiln", "version"), ("Computer", "host")):
-        if hello.get(key):
+    if hello:
+        for label, words in (("Device", device_words(hello)), ("Kiln", hello.get("version", "")), ("Computer", hello.get("host", ""))):
             split = layout.split(factor=0.32)
             split.label(text=label)
-            split.label(text=str(hello[key]))
+            split.label(text=words)
     if backend["remote"]:
         split = layout.split(factor=0.32)
         split.label(text="File")
@@ -184,8 +190,10 @@ class KILN_PT_backend(KilnPanel, bpy.types.Panel):
     def draw(self, context):
         now, layout = session.current, self.layout
         now.tab_seen = True
+        said = (now.backend["error"] or {}).get("code")  # stands in the backend's own box below
         for index, notice in enumerate(now.notices):
-            draw_error(layout.box(), context, notice.error, notice.details, dismiss=index)
+            if notice.error.code != said:
+                draw_error(layout.box(), context, notice.error, notice.details, dismiss=index)
         state = now.backend["state"]
         if now.setting_up or state in ("missing", "unreachable", "failed"):
             box = layout.box()

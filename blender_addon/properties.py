@@ -78,6 +78,14 @@ def changed(group: PropertyGroup, recipe: type) -> list[str]:
     return [name for name, value in values(group, recipe).items() if value != preset[name]]
 
 
+def preset_of(recipe: str, parameters: dict) -> str:
+    """The preset that parameters are those of, or "custom"."""
+    for preset in recipes.recipe_named(recipe).PRESETS:
+        if recipes.values(recipes.make(recipe, preset=preset)) == parameters:
+            return preset
+    return "custom"
+
+
 GROUPS = {name: _group_class(recipe) for name, recipe in recipes.RECIPES.items()}
 
 

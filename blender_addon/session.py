@@ -7,6 +7,7 @@ Nothing here keeps a reference to Blender data: jobs carry names and numbers (`s
 from __future__ import annotations
 
 import errno
+import json
 import os
 import queue
 import shutil
@@ -24,7 +25,7 @@ from pathlib import Path
 import bpy
 import bpy.utils.previews
 
-from . import capture, environment, import_asset, preferences
+from . import capture, environment, import_asset, preferences, properties
 from .backend_link import FINAL, Link, Where, tail
 from .protocol import VERSION, connection, recipes
 from .protocol.errors import Cancelled, KilnError
@@ -130,7 +131,8 @@ class Session:
         """Sends captured inputs off as a job. `scratch` holds their files and is removed after they are sent."""
         shown = {
             "id": f"sending-{uuid.uuid4().hex}", "recipe": recipe.NAME, "parameters": recipes.values(recipe), "title": title,
-            "source": source, "state": "queued", "stage": "", "fraction": 0.0, "text": "", "created": time.time(), "started": None, "finished": None,
+            "source": source, "state": "queued", "stage": "", "fraction": 0.0, "text": "", "created": time.time(), "started": None,
+            "finished": None,
             "attempts": 0, "error": None, "results": {}, "inputs": {},
         }  # fmt: skip
         job = Job(shown, file=self.file, picture=picture, transfer=0.0, wants_import=preferences.get().auto_import)
@@ -176,7 +178,7 @@ class Session:
         """Takes a job out of the list, with what the backend keeps for it."""
 
         def removed(result, error):
-            if error and error.code != "no-such-job":
+            if error and error.code != "no-job":
                 return self.note(error)
             self.jobs.pop(job.data["id"], None)
             if job.results:
@@ -190,7 +192,10 @@ class Session:
 
     def import_results(self, context, job: Job) -> import_asset.Imported:
         """Brings downloaded results into the scene they came from, as one undo step."""
-        provenance = {"job": job.data["id"], "recipe": job.data["recipe"], "parameters": job.data["parameters"], "kiln": VERSION}
+        provenance = {
+            "job": job.data["id"], "recipe": job.data["recipe"], "parameters": job.data["parameters"], "kiln": VERSION,
+            "preset": properties.preset_of(job.data["recipe"], job.data["parameters"]),
+        }  # fmt: skip
         imported = import_asset.import_asset(context, job.results, job.data["source"], provenance, {})
         job.imported, job.wants_import = True, False
         shutil.rmtree(job.results, ignore_errors=True)  # the backend keeps them; the file has its own copy now
@@ -246,8 +251,8 @@ class Session:
 
     def _on_backend(self, **state) -> None:
         self.backend = state
-        if state["state"] == "failed" and state["error"]:
-            self.note(KilnError.from_wire(state["error"]), state["text"])
+        if state["state"] == "running":  # what was said about its absence is over
+            self.notices = [notice for notice in self.notices if notice.error.code not in ("no-backend", "backend-died", "unavailable")]
 
     def _on_jobs(self, jobs) -> None:
         known, self.jobs = self.jobs, {name: job for name, job in self.jobs.items() if name.startswith("sending-")}
@@ -385,10 +390,13 @@ class Session:
                 terminal(f"{data['title']}: {(data['stage'] or data['state']).lower()} {data['fraction'] or 0:.0%} {data['text']}")
 
         try:
-            self.wait(lambda: job.state in FINAL or self.backend["state"] in ("failed", "unreachable", "missing"), report)
+            gone = ("failed", "unreachable", "missing", "stopped")
+            self.wait(lambda: job.state in FINAL or job.data["id"] not in self.jobs or self.backend["state"] in gone, report)
         except KeyboardInterrupt:
             self.link.ask("cancel", job=job.data["id"])
             raise
+        if job.state not in FINAL and job.data["id"] not in self.jobs:
+            raise KilnError("no-job", f"{job.data['title']} was removed.", "")
         if job.state not in FINAL:
             raise KilnError.from_wire(self.backend["error"])
         if job.state == "failed":
@@ -465,7 +473,10 @@ class Session:
 
     def about(self, job: str) -> str:
         """Everything worth knowing for who is asked for help: versions, the job's parameters, the backend's last log lines."""
-        lines = [f"Kiln {VERSION}, Blender {bpy.app.version_string}, {sys.platform}", f"backend {self.backend['state']} {self.backend['hello']}"]
+        lines = [
+            f"Kiln {VERSION}, Blender {bpy.app.version_string}, {sys.platform}",
+            f"backend {self.backend['state']} {self.backend['hello']}",
+        ]
         if job in self.jobs:
             data = self.jobs[job].data
             lines += [f"job {data['id']}: {data['recipe']} {data['parameters']}"]
@@ -498,13 +509,13 @@ class Shoot:
 
     def submit(self) -> Job:
         with disk_errors():
-            captured = self.capture.finish()
+            inputs, source = self.capture.finish()
             picture = current.folder / "pictures" / f"{self.folder.name}.png"
             picture.parent.mkdir(exist_ok=True)
-            shutil.copyfile(captured.thumbnail, picture)
+            shutil.copyfile(_from_the_front(inputs["transforms.json"]), picture)
         self.capture.close()
         current.capture = None
-        return current.submit(self.recipe, captured.inputs, captured.source, self.title, self.folder, picture)
+        return current.submit(self.recipe, inputs, source, self.title, self.folder, picture)
 
     def close(self) -> None:
         """Given up: nothing is left."""
@@ -521,6 +532,17 @@ class Shoot:
         except BaseException:
             self.close()
             raise
+
+
+def _from_the_front(table: Path) -> Path:
+    """Of captured views the one that shows the subject from the front, a little from the right and from above."""
+    frames = json.loads(table.read_text("utf-8"))["frames"]
+
+    def facing(frame):
+        backwards = [row[2] for row in frame["transform_matrix"][:3]]  # from the subject to the camera
+        return 0.45 * backwards[0] - 0.8 * backwards[1] + 0.4 * backwards[2]
+
+    return table.parent / max(frames, key=facing)["file_path"]
 
 
 class SetUp(threading.Thread):

@@ -1,0 +1,142 @@
+"""The panel's controls come from the recipes' definitions, its texts fit, and switching the extension off leaves nothing behind."""
+
+import threading
+
+import addon_utils
+import bpy
+import pytest
+from bl_ext.kiln_test.kiln import panel, properties, session
+from bl_ext.kiln_test.kiln.protocol import recipes
+
+MODULE = "bl_ext.kiln_test.kiln"
+RECIPES = list(recipes.RECIPES.values())
+
+
+def group(recipe):
+    return getattr(bpy.context.scene.kiln, recipe.NAME)
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.NAME)
+def test_every_recipe_parameter_is_a_control_with_its_default_range_and_sentence(recipe):
+    controls = group(recipe).bl_rna.properties
+    for parameter in recipes.parameters(recipe):
+        control = controls[parameter.name.replace(".", "_")]
+        assert control.description + "." == parameter.help or control.description == parameter.help
+        if parameter.options:
+            assert [item.identifier for item in control.enum_items] == [value for value, _ in parameter.options]
+            assert control.default == parameter.default
+        elif parameter.type is bool:
+            assert control.default == parameter.default
+        else:
+            assert (control.hard_min, control.hard_max) == (pytest.approx(parameter.low), pytest.approx(parameter.high))
+            assert control.default == pytest.approx(parameter.default)
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.NAME)
+def test_an_untouched_panel_asks_for_exactly_the_standard_preset(recipe):
+    assert properties.values(group(recipe), recipe) == recipes.values(recipes.make(recipe.NAME))
+
+
+@pytest.mark.parametrize("preset", ["draft", "high"])
+def test_choosing_a_preset_sets_every_parameter_and_counts_as_unchanged(preset):
+    controls = group(recipes.Reconstruct)
+    controls.fit_iterations = 77
+    controls.preset = preset
+    assert properties.values(controls, recipes.Reconstruct) == recipes.values(recipes.make("reconstruct", preset=preset))
+    assert properties.changed(controls, recipes.Reconstruct) == []
+
+
+def test_a_changed_parameter_is_named_and_reset_puts_it_back():
+    controls = group(recipes.Reconstruct)
+    controls.preset = "draft"
+    controls.fit_iterations, controls.fit_ssim_weight = 777, 0.3
+    assert properties.changed(controls, recipes.Reconstruct) == ["fit.iterations", "fit.ssim_weight"]
+    assert properties.values(controls, recipes.Reconstruct)["fit.ssim_weight"] == 0.3  # not 0.30000001192092896
+    bpy.ops.kiln.reset_parameters()
+    assert controls.fit_iterations == recipes.Reconstruct.PRESETS["draft"]["fit.iterations"]
+    assert properties.changed(controls, recipes.Reconstruct) == []
+
+
+def test_settings_are_saved_with_the_file(tmp_path):
+    controls = group(recipes.Reconstruct)
+    controls.preset = "high"
+    controls.surface_faces = 1234
+    bpy.ops.wm.save_as_mainfile(filepath=str(tmp_path / "scene.blend"))
+    bpy.ops.wm.read_homefile(use_empty=True)
+    assert group(recipes.Reconstruct).surface_faces != 1234
+    bpy.ops.wm.open_mainfile(filepath=str(tmp_path / "scene.blend"))
+    assert (group(recipes.Reconstruct).preset, group(recipes.Reconstruct).surface_faces) == ("high", 1234)
+
+
+@pytest.mark.parametrize("width", [1, 7, 12, 40, 500])
+def test_wrapped_text_never_exceeds_the_width_and_loses_no_letter(width):
+    text = "There is no room left in /home/anna/.config/blender/5.2/extensions/user: 0.1 GB.\nMake room, then try again."
+    lines = panel.wrapped(text, width, len)
+    assert max(map(len, lines)) <= width
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "").replace("\n", "")
+
+
+def test_words_are_kept_whole_where_they_fit():
+    assert panel.wrapped("one two three", 8, len) == ["one two", "three"]
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(0.4, "0 s"), (59, "59 s"), (62, "1 min 02 s"), (3661, "1 h 01 min")])
+def test_times_read_like_times(seconds, words):
+    assert panel.time_text(seconds) == words
+
+
+@pytest.mark.oldest
+def test_switching_off_and_on_again_leaves_no_thread_handler_or_property_behind():
+    assert session.current is not None
+    session.current.connect()
+    folder = session.current.folder
+    for _ in range(2):
+        addon_utils.disable(MODULE)
+        assert session.current is None
+        assert not folder.exists()
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith("Kiln")]
+        assert not [handler for handler in bpy.app.handlers.load_post if "kiln" in getattr(handler, "__module__", "")]
+        assert not hasattr(bpy.types.Scene, "kiln") and not hasattr(bpy.types.WindowManager, "kiln")
+        assert not hasattr(bpy.types, "KILN_PT_generate")
+        addon_utils.enable(MODULE, default_set=True)
+        session.current.connect()
+        folder = session.current.folder
+    assert bpy.context.scene.kiln.recipe in recipes.RECIPES
+
+
+def test_opening_another_file_keeps_the_session_and_its_jobs():
+    before = session.current
+    before.jobs["a"] = session.Job(record("a", "done"))
+    before._sync_rows()
+    bpy.ops.wm.read_homefile(use_empty=True)
+    assert session.current is before
+    assert [row.name for row in bpy.context.window_manager.kiln.jobs] == ["a"]
+
+
+def test_jobs_are_listed_newest_first_and_the_chosen_one_stays_chosen():
+    now, window = session.current, bpy.context.window_manager.kiln
+    for number, name in enumerate("abc"):
+        now.jobs[name] = session.Job(record(name, "done", created=number))
+    now._sync_rows(select="a")
+    assert [row.name for row in window.jobs] == ["c", "b", "a"]
+    now.jobs["d"] = session.Job(record("d", "queued", created=9))
+    now._sync_rows()
+    assert window.jobs[window.active_job].name == "a"
+
+
+def test_the_expected_time_is_that_of_a_job_with_exactly_these_parameters_or_none():
+    now = session.current
+    standard, draft = (recipes.values(recipes.make("reconstruct", preset=preset)) for preset in ("standard", "draft"))
+    now.jobs["a"] = session.Job(record("a", "done", parameters=draft, started=100.0, finished=142.0))
+    assert now.expected_seconds("reconstruct", draft) == 42.0
+    assert now.expected_seconds("reconstruct", standard) is None
+
+
+def record(name, state, **changes):
+    """A job as the backend tells it."""
+    return {
+        "id": name, "recipe": "reconstruct", "parameters": {}, "title": name, "source": {}, "state": state, "stage": "", "fraction": 0.0,
+        "text": "", "created": 0.0, "started": None, "finished": None, "attempts": 1, "error": None, "results": {}, "inputs": {}, **changes,
+    }  # fmt: skip
