@@ -125,7 +125,7 @@ class Jobs:
                     raise KilnError("no-artifact", f"The input {name} ({hash[:12]}…) has not been sent.", "Upload it, then submit again.")
             if sum(job["state"] == "queued" for job in self._jobs.values()) >= MOST_QUEUED:
                 raise KilnError("queue-full", f"{MOST_QUEUED} jobs wait already.", "Wait until some have ended.")
-            job = {
+            job: dict[str, Any] = {
                 "id": secrets.token_hex(6), "recipe": recipe, "parameters": parameters, "title": str(title)[:200], "source": source,
                 "state": "queued", "stage": "", "fraction": 0.0, "text": "", "created": time.time(), "started": None, "finished": None,
                 "attempts": 0, "error": None, "results": {}, "inputs": dict(inputs),
@@ -141,6 +141,11 @@ class Jobs:
             self._wake()
             return _wire(job)
 
+    def events(self, id: str, after: int = 0) -> list[dict[str, Any]]:
+        """The stored events of a job with numbers above `after`."""
+        self._find(id)
+        return self.store.events(id, after)
+
     def list(self) -> list[dict[str, Any]]:
         """All jobs, oldest first."""
         with self._lock:
@@ -149,11 +154,6 @@ class Jobs:
     def get(self, id: str) -> dict[str, Any]:
         with self._lock:
             return _wire(self._find(id))
-
-    def events(self, id: str, after: int = 0) -> list[dict[str, Any]]:
-        """The stored events of a job with numbers above `after`."""
-        self._find(id)
-        return self.store.events(id, after)
 
     def cancel(self, id: str) -> dict[str, Any]:
         """A queued job is cancelled at once, a running one within two seconds; one that has ended stays as it is."""
@@ -395,16 +395,16 @@ class Jobs:
                 )  # fmt: skip
             slot.free()
         elif kind == "failed":
-            error = KilnError.from_wire(message["error"])
-            if error.code == "damaged-input":
+            failure = KilnError.from_wire(message["error"])
+            if failure.code == "damaged-input":
                 for hash in set(job["inputs"].values()):
                     if not self.store.is_whole(hash):
                         self.store.discard(hash)
-            if error.code == "internal":
+            if failure.code == "internal":
                 self._record(job, "log", {"text": message["trace"]})
-            self._fail(job, error)
+            self._fail(job, failure)
             slot.free()
-            if error.code == "out-of-memory":
+            if failure.code == "out-of-memory":
                 slot.end()  # a new process is the one sure way to give all of it back
 
     def _hear_progress(self, job: dict[str, Any], message: dict[str, Any]) -> None:
@@ -484,7 +484,9 @@ class _Slot:
         log = store.logs / "worker.log"
         if log.exists() and log.stat().st_size > LOG_BYTES:
             os.replace(log, store.logs / "worker.log.1")
-        flags = subprocess.CREATE_NO_WINDOW | subprocess.BELOW_NORMAL_PRIORITY_CLASS if sys.platform == "win32" else 0
+        flags = 0
+        if sys.platform == "win32":
+            flags = subprocess.CREATE_NO_WINDOW | subprocess.BELOW_NORMAL_PRIORITY_CLASS
         with open(log, "ab") as errors:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "backend.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,

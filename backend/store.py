@@ -50,7 +50,7 @@ def check_hash(hash: object) -> str:
     )
 
 
-def check_name(name: object) -> str:
+def check_name(name: Any) -> str:
     """`name` if it is a relative path with forward slashes that stays in its folder on every system, else `KilnError("bad-input")`."""
     parts = name.split("/") if isinstance(name, str) and len(name) <= 240 else []
     fits = 1 <= len(parts) <= 8 and not any(
@@ -120,9 +120,9 @@ class Store:
         with self.lock:
             self._wanted[hash] = time.monotonic()  # from here on nobody collects it
         if target.is_file() and target.stat().st_size == size:
-            if take:
+            if take and isinstance(content, Path):
                 content.unlink()
-        elif take:
+        elif take and isinstance(content, Path):
             with disk.full_disk_named(self.root), open(content, "rb+") as file:
                 os.fsync(file.fileno())
             disk.move(content, target, durable)

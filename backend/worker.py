@@ -23,7 +23,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import msgpack
 
@@ -41,13 +41,13 @@ LOG_LINES = 500  # of one job
 LARGEST_FRAME = 64 << 20
 
 
-def write_frame(stream: BinaryIO, message: dict[str, Any]) -> None:
+def write_frame(stream: IO[bytes], message: dict[str, Any]) -> None:
     packed = msgpack.packb(message)
     stream.write(struct.pack(">I", len(packed)) + packed)
     stream.flush()
 
 
-def read_frame(stream: BinaryIO) -> dict[str, Any] | None:
+def read_frame(stream: IO[bytes]) -> dict[str, Any] | None:
     """The next message, or None at the end of the stream (in the middle of a message too: its writer was killed)."""
     head = stream.read(4)
     if len(head) < 4:
@@ -99,15 +99,11 @@ def main() -> None:
         if not warm and todo.empty():  # a job that waits already loads what it needs, and no more
             warm = True
             send({"kind": "device", "device": warm_up(todo.empty)})
-        command = todo.get()
-        job = command["job"]
-        outcome = run_job(command, lambda event, job=job: send({"job": job, **event}), lambda job=job: job in cancelled)
-        cancelled.discard(job)
-        send({"job": job, **outcome})
+        run_job(todo.get(), send, cancelled)
         _free_memory()
 
 
-def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
+def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
     """Takes standard input and output for the server alone; whatever else reads gets nothing, whatever else prints goes to the log."""
     commands, replies = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -150,7 +146,7 @@ def device() -> dict[str, Any]:
             found.update(kind="mps", name="Apple GPU")
     except Exception as error:  # a broken driver or build: `kiln doctor` tells more, the CPU still works
         found["problem"] = f"{type(error).__name__}: {error}"
-    found["memory"], found["free_memory"] = _main_memory()
+    found["memory"], found["free_memory"] = main_memory()
     if found["kind"] == "cpu":
         found["name"] = f"CPU, {found['cores']} cores"
     return found
@@ -160,7 +156,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _main_memory() -> tuple[int, int]:
+def main_memory() -> tuple[int, int]:
     """Total and free bytes, (0, 0) where the system does not say."""
     if sys.platform == "linux":
         table = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
@@ -176,10 +172,16 @@ def _main_memory() -> tuple[int, int]:
     return total, total // 2  # macOS gives pages back as they are asked for; half is a fair guess
 
 
-def run_job(command: dict[str, Any], send: Callable[[dict[str, Any]], None], cancelled: Callable[[], bool]) -> dict[str, Any]:
-    """Runs one job to its end and returns the last message: done, failed or cancelled. Reports go through `send`."""
+def run_job(command: dict[str, Any], send: Callable[[dict[str, Any]], None], cancelled: set[str]) -> None:
+    """Runs one job to its end, which is the last message it sends. `cancelled`: the jobs that are to stop."""
+    job = command["job"]
+    reports = _Reports(lambda message: send({"job": job, **message}))
+    send({"job": job, **_outcome(command, reports, lambda: job in cancelled)})
+    cancelled.discard(job)
+
+
+def _outcome(command: dict[str, Any], reports: _Reports, cancelled: Callable[[], bool]) -> dict[str, Any]:
     folder = Path(command["folder"])
-    reports = _Reports(send)
     try:
         from backend.pipelines.run import Run  # numpy and more: not before the server has its answer
 
@@ -224,7 +226,7 @@ def describe(error: BaseException, command: dict[str, Any], stage: str) -> KilnE
 
 def out_of_memory(recipe: str, parameters: dict[str, Any], message: str) -> KilnError:
     """`KilnError("out-of-memory")` that names the parameters which ask for more than the preset draft does."""
-    draft = recipes.RECIPES[recipe].PRESETS.get("draft", {}) if recipe in recipes.RECIPES else {}
+    draft = getattr(recipes.RECIPES.get(recipe), "PRESETS", {}).get("draft", {})
     large = [
         f"{name} (now {parameters[name]}, draft {least})"
         for name, least in draft.items()

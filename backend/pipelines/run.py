@@ -204,7 +204,7 @@ def _feed(digest: Any, given: Any) -> None:
     elif isinstance(given, (np.ndarray, np.generic)):
         _refuse_objects(given, "an input")
         tag("a", f"{given.dtype.str}{given.shape}".encode())
-        digest.update(memoryview(np.ascontiguousarray(given)).cast("B") if given.size else b"")
+        digest.update(_bytes(given))
     elif isinstance(given, int):
         tag("i", str(given).encode())
     elif isinstance(given, float):
@@ -258,7 +258,7 @@ def pack(value: Any) -> list[bytes | memoryview]:
             _refuse_objects(value, where)
             array = np.ascontiguousarray(value)
             start, offset = offset, offset + -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
-            arrays.append(memoryview(array).cast("B") if array.size else memoryview(b""))
+            arrays.append(_bytes(array))
             return {"$array": [array.dtype.str, list(value.shape), start, isinstance(value, np.generic)]}
         if isinstance(value, int):
             return value if -(2**63) <= value < 2**63 else {"$int": str(value)}
@@ -319,7 +319,7 @@ def unpack(content: bytes | bytearray) -> Any:
         kind_of = _dataclass(name)
         if kind_of is None or {entry.name for entry in dataclasses.fields(kind_of)} != set(fields):
             raise ValueError(f"{name} is not what it was")
-        made = object.__new__(kind_of)  # the values were checked when they were made, so no __init__ runs
+        made: Any = object.__new__(kind_of)  # the values were checked when they were made, so no __init__ runs
         for field_name, item in fields.items():
             object.__setattr__(made, field_name, value(item))
         return made
@@ -337,6 +337,10 @@ def _dataclass(name: str) -> type | None:
     except ImportError:
         return None
     return found if isinstance(found, type) and dataclasses.is_dataclass(found) else None
+
+
+def _bytes(array: np.ndarray | np.generic) -> memoryview:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _refuse_objects(array: np.ndarray | np.generic, where: str) -> None:

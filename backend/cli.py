@@ -1,0 +1,543 @@
+"""The `kiln` command: serve, run, jobs, stop, doctor. `kiln run RECIPE --help` lists a recipe's parameters, made from its definition.
+
+Exit codes: 0 all well, 1 a job failed (or doctor found a problem), 2 a bad argument or input, 3 no backend, 130 cancelled with Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import posixpath
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import backend.pipelines  # noqa: F401 - recipes kept outside this repository enter themselves
+from backend.disk import size_text
+from backend.store import check_name, size_of
+from protocol import VERSION, connection, recipes
+from protocol.errors import KilnError
+
+DONE, FAILED, BAD, UNAVAILABLE, CANCELLED = 0, 1, 2, 3, 130
+START_SECONDS = 30.0  # that a started backend may take to answer; it takes one
+_BAD_CODES = ("bad-parameter", "bad-recipe", "bad-input", "bad-request", "no-job", "bad-state")
+_ENDED = ("done", "failed", "cancelled")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command and returns its exit code. Every expected failure is one sentence and a hint on standard error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    given = _parser().parse_args(arguments)
+    if getattr(given, "home", None):
+        os.environ["KILN_HOME"] = str(Path(given.home).expanduser().absolute())
+    try:
+        return given.command(given)
+    except KilnError as error:
+        print(f"kiln: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"      {error.hint}", file=sys.stderr)
+        return BAD if error.code in _BAD_CODES else UNAVAILABLE if error.code in ("unavailable", "refused", "timeout") else FAILED
+    except KeyboardInterrupt:
+        return CANCELLED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kiln", description="Turns views of an object into a textured mesh asset.")
+    parser.add_argument("--version", action="version", version=f"kiln {VERSION}")
+    parser.add_argument("--home", help="Kiln's folder; default: $KILN_HOME, else the user's data folder")
+    parser.add_argument("--connection", type=Path, help="connection file of the backend to use; default: this user's own backend")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="run the backend in this terminal")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on; another than 127.0.0.1 opens it to the network")
+    serve.add_argument("--port", type=int, default=0, help="TCP port; 0 lets the system choose")
+    serve.add_argument("--until-idle", action="store_true", help="end when no client is connected and no job waits or runs")
+    serve.add_argument("--home", help=argparse.SUPPRESS, default=argparse.SUPPRESS)
+    serve.set_defaults(command=_serve)
+
+    run = commands.add_parser("run", help="run a recipe on a folder of inputs and fetch the results")
+    kinds = run.add_subparsers(required=True, metavar="RECIPE")
+    for recipe in recipes.RECIPES.values():
+        _recipe_parser(kinds, recipe)
+
+    jobs = commands.add_parser("jobs", help="list jobs; show, cancel, retry, remove one, or download its results")
+    jobs.set_defaults(command=_list_jobs, json=False)
+    jobs.add_argument("--json", action="store_true", help="print the jobs as JSON")
+    actions = jobs.add_subparsers(metavar="ACTION")
+    listing = actions.add_parser("list", help="every job, oldest first (the default)")
+    listing.add_argument("--json", action="store_true", help="print the jobs as JSON", default=argparse.SUPPRESS)
+    listing.set_defaults(command=_list_jobs)
+    for name, command, help in (
+        ("show", _show_job, "print a job with its parameters, results and error"),
+        ("cancel", _cancel_job, "stop a job"),
+        ("retry", _retry_job, "queue a failed or cancelled job again; finished stages are kept"),
+        ("remove", _remove_job, "forget a job and its files"),
+        ("download", _download_job, "fetch a job's results"),
+    ):
+        action = actions.add_parser(name, help=help)
+        action.add_argument("id", metavar="ID")
+        if name == "show":
+            action.add_argument("--json", action="store_true", help="print the job as JSON", default=argparse.SUPPRESS)
+        if name == "download":
+            action.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the files")
+        action.set_defaults(command=command)
+
+    stop = commands.add_parser("stop", help="end the backend; what runs resumes with the next one")
+    stop.add_argument("--when-idle", action="store_true", help="finish what waits and runs first")
+    stop.set_defaults(command=_stop)
+
+    doctor = commands.add_parser("doctor", help="check device, driver, packages, memory, disk and backend, and say what to fix")
+    doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _recipe_parser(actions: Any, recipe: Any) -> None:
+    parser = actions.add_parser(recipe.NAME, help=recipe.__doc__.strip().partition("\n")[0])
+    parser.add_argument("input", type=Path, metavar="INPUT", help=f"the {recipe.INPUT}: a folder (or a file)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument("--preset", choices=list(recipe.PRESETS), default="standard", help="values to start from (default: standard)")
+    parser.add_argument("--title", default="", help="name of the job in lists; default: the input's name")
+    parser.add_argument("--json", action="store_true", help="print the finished job as JSON")
+    groups: dict[str, Any] = {}
+    for parameter in recipes.parameters(recipe):
+        title = parameter.group if "." in parameter.name else "general"
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        options: dict[str, Any] = {"dest": parameter.name, "default": None}
+        allowed = ""
+        if parameter.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif parameter.options:
+            options.update(choices=[value for value, _ in parameter.options], metavar="|".join(value for value, _ in parameter.options))
+        else:
+            options.update(type=parameter.type, metavar=parameter.unit.upper() or "N")
+            allowed = f", {parameter.low:g} to {parameter.high:g}"
+        help = f"{parameter.help} (default: {parameter.default}{allowed})".replace("%", "%%")
+        groups[title].add_argument("--" + parameter.name.replace(".", "-").replace("_", "-"), help=help, **options)
+    parser.set_defaults(command=_run, recipe=recipe)
+
+
+# -- serve and the way to a backend ----------------------------------------------------------------------------------------------------
+
+
+def _serve(given: argparse.Namespace) -> int:
+    from backend import server
+
+    return server.serve(host=given.host, port=given.port, until_idle=given.until_idle) or DONE
+
+
+def _connect(given: argparse.Namespace, start: bool = False) -> Any:
+    """A client of the backend that runs; with `start`, of one that is started if none does."""
+    from protocol.client import Client
+
+    path = given.connection or connection.default_path()
+    try:
+        client = Client(connection.Connection.load(path))
+        client.hello()
+        return client
+    except KilnError as error:
+        if error.code != "unavailable" or not start or given.connection is not None:
+            raise
+    return _start(path)
+
+
+def _start(path: Path) -> Any:
+    """Starts a backend that ends by itself when it is no longer needed, and returns a client of it."""
+    from protocol.client import Client
+
+    logs = connection.home() / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    package = str(Path(__file__).resolve().parents[1])
+    paths = [package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in paths)}
+    apart: dict[str, Any] = {"start_new_session": True}  # Ctrl-C in this terminal is for the job, not for the backend
+    if sys.platform == "win32":
+        apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}
+    log = logs / "server.log"
+    with open(log, "ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "backend.cli", "serve", "--until-idle"], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            env=environment, cwd=connection.home(), **apart,
+        )  # fmt: skip
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            client = Client(connection.Connection.load(path))
+            client.hello()
+            return client
+        except KilnError as error:
+            if error.code not in ("unavailable", "timeout", "refused"):
+                raise
+        if process.poll() not in (None, 0) and not path.exists():
+            break
+        time.sleep(0.05)
+    last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
+    raise KilnError("unavailable", f"The backend did not start: {last[0]}", f"Its log is {log}; `kiln doctor` checks this machine.")
+
+
+def _stop(given: argparse.Namespace) -> int:
+    with _connect(given) as client:
+        client.shutdown(now=not given.when_idle)
+    return DONE
+
+
+# -- run -------------------------------------------------------------------------------------------------------------------------------
+
+
+def _run(given: argparse.Namespace) -> int:
+    recipe = given.recipe
+    chosen = {p.name: value for p in recipes.parameters(recipe) if (value := getattr(given, p.name)) is not None}
+    values = recipes.values(recipes.make(recipe.NAME, chosen, given.preset))
+    inputs = gather(given.input, recipe.INPUT)
+    title = given.title or given.input.resolve().name
+    bar = _Bar()
+    with _connect(given, start=True) as client:
+        job = client.submit(recipe.NAME, values, inputs, title, {"input": str(given.input), "preset": given.preset}, bar.sent)
+        bar.say(f"Job {job['id']}")
+        try:
+            job = _follow(client, job, bar)
+        except KeyboardInterrupt:
+            bar.say("Cancelling; the backend keeps what is finished. Ctrl-C again to leave at once.")
+            client.cancel(job["id"])
+            for _ in client.watch(job["id"], timeout=10.0):
+                pass
+            bar.say(f"Cancelled. `kiln jobs retry {job['id']}` goes on where it stopped.")
+            return CANCELLED
+        if job["state"] == "failed":
+            raise _as_failure(job)
+        if job["state"] == "cancelled":
+            bar.say(f"Job {job['id']} was cancelled by another client.")
+            return CANCELLED
+        _fetch(client, job, given.out, bar)
+        if given.json:
+            print(json.dumps(job, indent=1))
+    return DONE
+
+
+def gather(path: Path, kind: str) -> dict[str, Path]:
+    """The input files of a recipe, by the names that they have for it: what `transforms.json` names, or a file, or all of a folder."""
+    if path.is_file() and path.name != "transforms.json":
+        return {check_name(path.name): path}
+    folder = path.parent if path.is_file() else path
+    if not folder.is_dir():
+        raise KilnError("bad-input", f"There is no folder {path}.", "Give a folder of inputs.")
+    if kind != "views":
+        return {check_name(file.relative_to(folder).as_posix()): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    table = folder / "transforms.json"
+    try:
+        frames = json.loads(table.read_text(encoding="utf-8"))["frames"]
+        names = [frame[key] for frame in frames for key in ("file_path", "geometry_file_path") if key in frame]
+        names = [posixpath.normpath(name if posixpath.splitext(name)[1] else name + ".png") for name in names]
+    except FileNotFoundError:
+        raise KilnError("bad-input", f"There is no transforms.json in {folder}.", "Give a folder of views with their cameras.") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise KilnError("bad-input", f"{table} is no list of views: {error!r}.", "Write it again; SPEC.md says what it holds.") from None
+    found = {"transforms.json": table, **{check_name(name): folder / name for name in names}}
+    for name, file in found.items():
+        if not file.is_file():
+            raise KilnError("bad-input", f"transforms.json names {name}, which is not in {folder}.", "Add the file, or remove its frame.")
+    return found
+
+
+def _follow(client: Any, job: dict[str, Any], bar: _Bar) -> dict[str, Any]:
+    for event in client.watch(job["id"]):
+        kind = event["kind"]
+        if kind == "stage":
+            bar.stage(event["stage"] + (" (found finished)" if event.get("cached") else ""))
+        elif kind == "progress":
+            bar.show(event["fraction"], event.get("text", ""))
+        elif kind == "started" and event.get("text") or kind == "queued" and event["number"] > 1:
+            bar.say(event.get("text", ""))
+    bar.close()
+    return client.job(job["id"])
+
+
+def _fetch(client: Any, job: dict[str, Any], folder: Path, bar: _Bar) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, result in job["results"].items():
+        target = folder / check_name(name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        client.download(result["hash"], target)
+        bar.say(f"{target}  {size_text(result['size'])}")
+
+
+def _as_failure(job: dict[str, Any]) -> KilnError:
+    error = KilnError.from_wire(job["error"] or {})
+    hint = f"{error.hint} Then: kiln jobs retry {job['id']}".strip()
+    return KilnError("failed", f"Job {job['id']} failed ({error.code}). {error.message}", hint)
+
+
+class _Bar:
+    """Progress on standard error: one line that is redrawn on a terminal, one line a stage elsewhere."""
+
+    def __init__(self) -> None:
+        self.terminal = sys.stderr.isatty()
+        self._name, self._drawn, self._begun = "", False, time.monotonic()
+
+    def stage(self, name: str) -> None:
+        self.close()
+        self._name, self._begun = name, time.monotonic()
+        if not self.terminal:
+            self.say(name)
+
+    def show(self, fraction: float, text: str) -> None:
+        if not self.terminal:
+            return
+        width = shutil.get_terminal_size().columns - 1
+        filled = round(20 * fraction)
+        line = f"{self._name:<18} [{'#' * filled}{'.' * (20 - filled)}] {100 * fraction:3.0f}%  {time.monotonic() - self._begun:4.0f} s  {text}"
+        print(f"\r{line[:width]:<{width}}", end="", file=sys.stderr, flush=True)
+        self._drawn = True
+
+    def sent(self, done: int, total: int) -> None:
+        self._name = "Send inputs"
+        self.show(done / total if total else 1.0, size_text(total))
+
+    def say(self, text: str) -> None:
+        self.close()
+        print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._drawn:
+            print(file=sys.stderr)
+        self._drawn = False
+
+
+# -- jobs ------------------------------------------------------------------------------------------------------------------------------
+
+
+def _list_jobs(given: argparse.Namespace) -> int:
+    with _connect(given) as client:
+        jobs = client.jobs()
+    if given.json:
+        print(json.dumps(jobs, indent=1))
+        return DONE
+    for job in jobs:
+        doing = (
+            f"{job['stage']} {100 * job['fraction']:.0f}%"
+            if job["state"] in ("running", "cancelling")
+            else (job["error"] or {}).get("code", "")
+        )
+        created = time.strftime("%Y-%m-%d %H:%M", time.localtime(job["created"]))
+        print(f"{job['id']}  {created}  {job['recipe']:<12} {job['state']:<10} {doing:<24} {job['title']}".rstrip())
+    if not jobs:
+        print("No jobs.", file=sys.stderr)
+    return DONE
+
+
+def _show_job(given: argparse.Namespace) -> int:
+    with _connect(given) as client:
+        job = client.job(given.id)
+        log = [event["text"] for event in client.events(given.id) if event["kind"] == "log"]
+    if given.json:
+        print(json.dumps({**job, "log": log}, indent=1))
+        return DONE
+    for name in ("id", "title", "recipe", "state", "stage", "text", "attempts"):
+        print(f"{name:<10} {job[name]}")
+    for name in ("created", "started", "finished"):
+        if job[name]:
+            print(f"{name:<10} {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(job[name]))}")
+    for name, value in job["parameters"].items():
+        print(f"  {name} = {value}")
+    for name, result in job["results"].items():
+        print(f"result     {name}  {size_text(result['size'])}")
+    for text in log:
+        print(text)
+    if job["error"]:
+        print(f"error      {job['error']['code']}: {job['error']['message']} {job['error']['hint']}")
+    return DONE
+
+
+def _cancel_job(given: argparse.Namespace) -> int:
+    with _connect(given) as client:
+        print(client.cancel(given.id)["state"])
+    return DONE
+
+
+def _retry_job(given: argparse.Namespace) -> int:
+    with _connect(given) as client:
+        print(client.retry(given.id)["state"])
+    return DONE
+
+
+def _remove_job(given: argparse.Namespace) -> int:
+    with _connect(given) as client:
+        client.remove(given.id)
+    return DONE
+
+
+def _download_job(given: argparse.Namespace) -> int:
+    with _connect(given) as client:
+        job = client.job(given.id)
+        if job["state"] == "failed":
+            raise _as_failure(job)
+        if job["state"] != "done":
+            raise KilnError("bad-state", f"Job {job['id']} is {job['state']}.", "Results are there when it is done.")
+        _fetch(client, job, given.out, _Bar())
+    return DONE
+
+
+# -- doctor ----------------------------------------------------------------------------------------------------------------------------
+
+
+def _doctor(given: argparse.Namespace) -> int:
+    findings = examine(given.connection)
+    if given.json:
+        print(json.dumps(findings, indent=1))
+    else:
+        for finding in findings:
+            print(f"{finding['state']:<8} {finding['what']:<10} {finding['found']}")
+            if finding["fix"]:
+                print(f"{'':<19} -> {finding['fix']}")
+    return FAILED if any(finding["state"] == "problem" for finding in findings) else DONE
+
+
+def examine(path: Path | None = None) -> list[dict[str, str]]:
+    """What this machine offers: maps of `what`, `state` (ok, warning: works but less well, problem), what was `found`, and the `fix`."""
+    findings: list[dict[str, str]] = []
+
+    def note(what: str, found: str, problem: str = "", warning: str = "") -> None:
+        state = "problem" if problem else "warning" if warning else "ok"
+        findings.append({"what": what, "state": state, "found": found, "fix": problem or warning})
+
+    note("kiln", f"{VERSION}, {Path(__file__).resolve().parents[1]}")
+    supported = (3, 11) <= sys.version_info[:2] <= (3, 13)
+    note("python", f"{platform.python_version()}, {sys.executable}", "" if supported else "Kiln's backend needs Python 3.11 to 3.13.")
+    _examine_packages(note)
+    _examine_device(note)
+    home = connection.home()
+    _examine_disk(note, home)
+    _examine_backend(note, path or connection.default_path())
+    return findings
+
+
+def _examine_packages(note: Any) -> None:
+    repair = "Run `python build.py setup`, or press Repair in Blender's preferences for Kiln."
+    names = (
+        "numpy", "scipy", "numba", "torch", "gsplat", "scikit-image", "trimesh", "xatlas", "fast-simplification", "pillow", "jaxtyping",
+        "msgpack", "pyzmq",
+    )  # fmt: skip
+    found, missing = [], []
+    for name in names:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    note("packages", ", ".join(found) + (f"; missing: {', '.join(missing)}" if missing else ""), repair if missing else "")
+    if "pyzmq" not in missing:
+        import zmq
+
+        if not zmq.has("curve"):
+            note(
+                "encryption",
+                f"libzmq {zmq.zmq_version()} without CURVE",
+                "Reinstall pyzmq from its wheel: pip install --force-reinstall pyzmq",
+            )
+
+
+def _examine_device(note: Any) -> None:
+    from backend import worker
+
+    device = worker.device()
+    driver = _nvidia_driver()
+    text = f"{device['name']}, {size_text(device['free_memory'])} of {size_text(device['memory'])} free"
+    if device["torch"] is None:
+        note("device", text, f"torch cannot be loaded: {device.get('problem', 'it is not installed')}.")
+        return
+    text += f", torch {device['torch']}"
+    warning = ""
+    if driver and device["kind"] != "cuda":
+        text += f"; {driver}"
+        if "+cpu" in device["torch"] or not importlib.import_module("torch").version.cuda:
+            warning = "This torch is built for the CPU. Set the backend up again for CUDA: the GPU is many times faster."
+        else:
+            warning = f"torch does not see the GPU ({device.get('problem', 'no reason given')}). Update the NVIDIA driver, then restart."
+    elif device["kind"] == "cpu" and Path("/dev/kfd").exists():
+        warning = "An AMD GPU is here, but this torch has no ROCm. Set the backend up again for ROCm."
+    elif device["kind"] == "cuda" and driver:
+        text += f"; {driver}"
+    note("device", text, warning=warning)
+    if device["kind"] == "cuda":
+        _examine_gsplat(note)
+    else:
+        note("splats", "the CPU rasteriser (gsplat needs an NVIDIA GPU)")
+    total, free = worker.main_memory()
+    note(
+        "memory",
+        f"{size_text(free)} of {size_text(total)} free",
+        warning="Close other programs: 3 GB should be free." if 0 < free < 3e9 else "",
+    )
+
+
+def _examine_gsplat(note: Any) -> None:
+    """gsplat brings its CUDA code as source unless its wheel was built for this torch; then the first job compiles it."""
+    if importlib.util.find_spec("gsplat") is None:
+        note("splats", "gsplat is not installed; the CPU fits", warning="Run `python build.py setup`.")
+    elif importlib.util.find_spec("gsplat.csrc") is not None:
+        note("splats", "gsplat with its compiled CUDA code")
+    else:
+        compiler = shutil.which("nvcc")
+        fix = "" if compiler else "Install a gsplat wheel that fits this torch, or the CUDA toolkit; until then the CPU fits."
+        note("splats", f"gsplat compiles its CUDA code at its first use; nvcc: {compiler or 'not found'}", warning=fix)
+
+
+def _nvidia_driver() -> str:
+    program = shutil.which("nvidia-smi")
+    if not program:
+        return ""
+    try:
+        query = [program, "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"nvidia-smi does not answer ({error})"
+    lines = answer.stdout.strip().splitlines()
+    return f"{lines[0].replace(', ', ', driver ')}" if answer.returncode == 0 and lines else ""
+
+
+def _examine_disk(note: Any, home: Path) -> None:
+    there = home
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    fix = "Free some space, or set KILN_HOME to a folder on another disk." if free < 5e9 else ""
+    if not os.access(there, os.W_OK):
+        note("home", str(home), f"{there} cannot be written to. Change its permissions, or set KILN_HOME to another folder.")
+        return
+    used = size_of(home) if home.exists() else 0
+    text = f"{home} holds {size_text(used)}, {size_text(free)} free on its disk"
+    note("home", text, problem=fix if free < 500e6 else "", warning=fix)
+
+
+def _examine_backend(note: Any, path: Path) -> None:
+    from protocol.client import Client
+
+    try:
+        with Client(connection.Connection.load(path), timeout=5.0, patience=0.0) as client:
+            hello = client.hello()
+    except KilnError as error:
+        if error.code == "unavailable":
+            note("backend", "none runs; `kiln run` and Blender start one when they need it")
+        else:
+            note("backend", error.message, error.hint or "Start it again.")
+        return
+    version = str(hello.get("version", "unknown"))
+    device = (hello.get("device") or {}).get("name", "unknown")
+    note(
+        "backend",
+        f"{version} runs on {hello.get('host', '')} ({device})",
+        "" if version == VERSION else "Run `kiln stop`; the next one is new.",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
