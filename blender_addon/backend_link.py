@@ -207,7 +207,8 @@ class Link(threading.Thread):
             with open(self._where.log, "wb") as log:
                 self._process = subprocess.Popen(
                     [str(self._where.python), "-m", "backend.cli", "serve", "--until-idle"],
-                    stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=str(self._where.log.parent), **apart,
+                    stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                    env=environment, cwd=str(self._where.log.parent), **apart,
                 )  # fmt: skip
         except OSError as error:
             self._wanted = False

@@ -163,16 +163,16 @@ def draw_backend(layout, context) -> None:
 
 
 def draw_parameters(layout, group, recipe: type, advanced: bool) -> None:
-    heading = None
+    """The recipe's controls, each group under its name."""
+    heading, column = None, None
     for parameter in recipes.parameters(recipe):
         if parameter.advanced != advanced:
             continue
-        if parameter.group != heading and "." in parameter.name:
-            heading = parameter.group
-            column = layout.column(align=True, heading=heading.capitalize())
-        elif heading is None or "." not in parameter.name:
-            column = layout.column(align=True)
-            heading = None
+        name = parameter.group if "." in parameter.name else ""
+        if column is None or name != heading:
+            heading, column = name, layout.column(align=True)
+            if name:
+                column.label(text=name.capitalize())
         column.prop(group, properties.identifier(parameter.name))
 
 

@@ -1,0 +1,174 @@
+"""From a selected object to an imported asset; and a session or a backend that ends in the middle loses nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import addon_utils
+import bpy
+import numpy as np
+import pytest
+from bl_ext.kiln_test.kiln import api, session
+from bl_ext.kiln_test.kiln.protocol import connection
+from bl_ext.kiln_test.kiln.protocol.errors import KilnError
+from mathutils import Matrix
+
+MODULE = "bl_ext.kiln_test.kiln"
+# The smallest job that still makes an asset.
+SMALL = {
+    "capture_views": 12, "capture_size": 96, "capture_holdout": 2, "fit_splats": 1500, "fit_iterations": 60, "surface_grid": 48,
+    "surface_faces": 800, "texture_size": 128,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def backend(home):
+    yield
+
+
+def subject(name="Pot", place=None):
+    """A torus with a colour, somewhere, turned and scaled."""
+    bpy.ops.mesh.primitive_torus_add(major_radius=1.0, minor_radius=0.45, major_segments=24, minor_segments=12)
+    thing = bpy.context.object
+    thing.name = name
+    thing.matrix_world = place or Matrix.LocRotScale((3.0, -1.0, 0.5), Matrix.Rotation(0.7, 3, "Y").to_quaternion(), (0.3, 0.3, 0.4))
+    material = bpy.data.materials.new("Clay")
+    material.use_nodes = True
+    material.node_tree.nodes["Principled BSDF"].inputs["Base Color"].default_value = (0.6, 0.1, 0.05, 1.0)
+    thing.data.materials.append(material)
+    bpy.context.view_layer.update()
+    return thing
+
+
+def corners(thing):
+    bpy.context.view_layer.update()
+    points = np.array([thing.matrix_world @ vertex.co for vertex in thing.data.vertices])
+    return np.array([points.min(0), points.max(0)])
+
+
+def kiln_collections():
+    return [collection for collection in bpy.data.collections if "kiln_job" in collection]
+
+
+@pytest.mark.oldest
+def test_the_button_in_blender_b_leaves_an_asset_on_its_source():
+    thing = subject()
+    others = set(bpy.data.objects)
+    assert bpy.ops.kiln.generate(**SMALL) == {"FINISHED"}
+    (collection,) = kiln_collections()
+    mesh = next(made for made in collection.objects if made.type == "MESH" and made.data.materials)
+    size = corners(thing)[1] - corners(thing)[0]
+    assert np.abs(corners(mesh) - corners(thing)).max() < 0.08 * size.max()  # a cell of this coarse grid is 0.03
+    assert set(bpy.data.objects) - others == set(collection.objects)
+    assert collection.asset_data is not None and json.loads(collection["kiln_parameters"])["fit.iterations"] == 60
+    assert collection["kiln_preset"] == "custom" and collection["kiln_source"] == "Pot"
+    assert bpy.context.scene.objects.get(mesh.name) is mesh
+    assert bpy.context.selected_objects == [thing]
+
+
+def test_the_python_call_returns_what_it_imported():
+    subject("First")
+    thing = subject("Second", Matrix.Translation((0.0, 5.0, 0.0)))
+    made = api.reconstruct(["Second"], preset="draft", **SMALL)
+    assert made.mesh_object.type == "MESH" and made.mesh_object.name in made.collection.objects
+    assert np.abs(corners(made.mesh_object).mean(0) - corners(thing).mean(0)).max() < 0.1
+    assert len(made.mesh_object.data.polygons) <= 800
+
+
+def test_a_bad_parameter_never_reaches_the_backend():
+    subject()
+    with pytest.raises(KilnError) as failure:
+        api.reconstruct("Pot", **{"fit.iterations": 1})
+    assert failure.value.code == "bad-parameter"
+
+
+def start(**more):
+    """A job that is not waited for."""
+    now = session.current
+    from bl_ext.kiln_test.kiln.protocol import recipes
+
+    flat = {name.replace("_", ".", 1): value for name, value in {**SMALL, **more}.items()}
+    recipe = recipes.make("reconstruct", flat)
+    return now, session.Shoot(session.chosen_subject(bpy.context), recipe).all_at_once()
+
+
+def until(now, ready, seconds=90):
+    end = time.monotonic() + seconds
+
+    def come():
+        assert time.monotonic() < end, "waited in vain"
+        return ready()
+
+    now.wait(come)
+
+
+def test_a_cancelled_job_ends_within_two_seconds_and_can_be_retried():
+    subject()
+    now, job = start(fit_iterations=100_000)
+    until(now, lambda: job.state == "running" and job.data["stage"])
+    asked = time.monotonic()
+    bpy.ops.kiln.cancel_job(job=job.data["id"])
+    until(now, lambda: job.state == "cancelled")
+    assert time.monotonic() - asked < 3.0  # two, and what a busy machine adds
+    bpy.ops.kiln.retry_job(job=job.data["id"])
+    until(now, lambda: job.state == "running")
+    bpy.ops.kiln.cancel_job(job=job.data["id"])
+    until(now, lambda: job.state == "cancelled")
+    bpy.ops.kiln.remove_job(job=job.data["id"])
+    until(now, lambda: job.data["id"] not in now.jobs)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kill -9 is POSIX's")
+def test_a_backend_that_dies_in_the_middle_is_started_again_and_the_job_is_finished():
+    subject()
+    now, job = start(fit_iterations=400)
+    until(now, lambda: job.state == "running" and job.data["stage"])
+    pid = connection.Connection.load(connection.default_path()).pid
+    os.kill(pid, signal.SIGKILL)
+    until(now, lambda: now.backend["state"] != "running")
+    now.wait_for_results(job)
+    assert now.import_results(bpy.context, job).mesh_object.name in bpy.context.scene.objects
+    assert connection.Connection.load(connection.default_path()).pid != pid
+
+
+def test_a_session_that_opens_later_finds_the_job_and_can_import_its_result():
+    thing = subject()
+    now, job = start()
+    now.wait_for_results(job)
+    name = job.data["id"]
+    addon_utils.disable(MODULE)
+    addon_utils.enable(MODULE)
+    bpy.ops.kiln.import_job(job=name)
+    (collection,) = kiln_collections()
+    assert collection["kiln_job"] == name
+    assert np.abs(corners(collection.objects[0]).mean(0) - corners(thing).mean(0)).max() < 0.1
+
+
+def test_two_blenders_share_one_backend(backend_python):
+    bpy.ops.kiln.start_backend()
+    pid = connection.Connection.load(connection.default_path()).pid
+    command = [str(backend_python), "-m", "backend.cli", "serve", "--until-idle"]
+    second = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert session.current.backend["state"] == "running"
+    assert connection.Connection.load(connection.default_path()).pid == pid, second.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a script that is a program")
+def test_a_backend_that_cannot_start_says_so_with_its_last_words(monkeypatch, tmp_path):
+    monkeypatch.setenv("KILN_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("bl_ext.kiln_test.kiln.backend_link.RESTART_AFTER", (0.1, 0.1))
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho the library is missing\nexit 3\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("KILN_BACKEND_PYTHON", str(broken))
+    session.current._look_again = 0.0
+    subject()
+    with pytest.raises(RuntimeError, match=r"did not start \(exit status 3\).*tried 3 times"):
+        bpy.ops.kiln.generate(**SMALL)
+    assert "the library is missing" in session.current.backend["text"]
+    monkeypatch.undo()
+    session.current._look_again = 0.0
+    session.current.connect()
