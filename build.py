@@ -21,6 +21,7 @@ import base64
 import concurrent.futures
 import contextlib
 import ctypes
+import functools
 import hashlib
 import importlib.util
 import os
@@ -63,7 +64,7 @@ EXTENSION_PLATFORMS = {
     "windows-x64": ["win_amd64"],
 }
 
-# What the bpy wheel loads from the system: without libEGL it imports, then ends the process at its first picture. (library, Debian, Fedora, Arch)
+# What the bpy wheel loads from the system: (library, Debian, Fedora, Arch). Without libEGL it imports, then its first picture ends it.
 SYSTEM_LIBRARIES = [
     ("libXi.so.6", "libxi6", "libXi", "libxi"),
     ("libXfixes.so.3", "libxfixes3", "libXfixes", "libxfixes"),
@@ -143,13 +144,12 @@ class Environments:
 
     def further_blenders(self) -> list[Callable[[], Blender | None]]:
         """Makers of the other Blenders that the extension is tested under, None where their Python is missing; the last is the oldest."""
+        if self.options.blender:
+            return []  # asked for this one alone
         main = environment.about(VENV / "blender")
-        have = None if self.options.blender or not main else tuple(int(part) for part in main["python"].split(".")[:2])
+        have = main and tuple(int(part) for part in main["python"].split(".")[:2])
         others = [(blender, python) for blender, python in BLENDERS.items() if python != have]
-        return [
-            lambda blender=blender, python=python: self._bpy(blender, f"blender-{blender}", python, optional=True)
-            for blender, python in [*others, OLDEST]
-        ]
+        return [functools.partial(self._bpy, blender, f"blender-{blender}", python, optional=True) for blender, python in [*others, OLDEST]]
 
     def _bpy(
         self, version: str, folder: str, python_version: tuple[int, int], python: Path | None = None, optional: bool = False
@@ -176,7 +176,7 @@ class Environments:
         if not (marker.is_file() and marker.read_text() == wanted):
             shutil.rmtree(folder, ignore_errors=True)
             whole = [part for lock in locks for part in ("-r", str(lock))]
-            options = ["--quiet", "--only-binary=:all:", "--no-compile", "--python-version", python_version, "--target", str(folder)]
+            options = ["-qq", "--only-binary=:all:", "--no-compile", "--python-version", python_version, "--target", str(folder)]
             _call([*_pip(self.backend()), "install", *options, *whole])
             marker.write_text(wanted)
 
@@ -234,7 +234,7 @@ class Environments:
 
     def all_of(self, *makers: Callable):
         """Runs the makers at the same time; their results in order. Downloads wait on the network, unpacking on the disk."""
-        with concurrent.futures.ThreadPoolExecutor(len(makers)) as pool:
+        with concurrent.futures.ThreadPoolExecutor(max(1, len(makers))) as pool:
             futures = [pool.submit(maker) for maker in makers]
             try:
                 return [future.result() for future in futures]
@@ -249,7 +249,8 @@ def _dotted(version: Iterable[int]) -> str:
 
 def _bpy_fix() -> str:
     offered = ", ".join(f"{blender} on Python {_dotted(python)}" for blender, python in BLENDERS.items())
-    return f"Blender comes as a wheel: {offered}. Install one of these Pythons, name it (--blender-python PATH), or name a real Blender (--blender PATH)."
+    fix = "Install one of these Pythons, name one (--blender-python PATH), or name a real Blender (--blender PATH)."
+    return f"Blender comes as a wheel: {offered}. {fix}"
 
 
 def system_libraries() -> None:
@@ -388,9 +389,6 @@ def _lint(python: Path, fix: bool = False) -> int:
 
 def test(options: argparse.Namespace) -> None:
     """set everything up, then lint and run every test; further words go to pytest"""
-    if not options.long:
-        # Before the user's own words: a later -m takes the place of an earlier one.
-        options.further = ["-m", "not long", *options.further]
     seconds: list[tuple[str, float, str]] = []
 
     def part(name: str, work: Callable[[], int]) -> None:
@@ -403,13 +401,8 @@ def test(options: argparse.Namespace) -> None:
     environments = Environments(options)
     print("=== set-up", flush=True)
     system_libraries()
-    if not options.blender and environment.about(VENV / "blender") is None:
-        # Which Blenders are the further ones depends on the Python of the first.
-        backend, blender = environments.all_of(environments.backend, environments.blender)
-        others = environments.all_of(*environments.further_blenders())
-    else:
-        backend, blender, *others = environments.all_of(environments.backend, environments.blender, *environments.further_blenders())
-    *others, oldest = others
+    backend, blender = environments.all_of(environments.backend, environments.blender)
+    *others, oldest = environments.all_of(*environments.further_blenders()) or [None]  # which these are depends on the first one's Python
     seconds.append(("set-up", time.monotonic() - begun, "ok"))
 
     with _scratch() as scratch:
@@ -418,18 +411,16 @@ def test(options: argparse.Namespace) -> None:
         def pytest(command: Callable[[Sequence[str]], list[str]], *folders: str, marker: str = "") -> Callable[[], int] | None:
             """One run of pytest on those of the folders, or of the files that the user names, that lie in them."""
             words, chosen = _split(options.further, folders)
-            there = chosen if chosen is not None else [folder for folder in folders if (ROOT / folder).exists()]
+            there = [folder for folder in folders if (ROOT / folder).exists()] if chosen is None else chosen
             if not there:
                 return None
-            if marker:
-                words = [*words, "-m", marker if options.long else f"{marker} and not long"]
-            own_words = words[2:] if not options.long else words
-            arguments = ["-m", "pytest", "--rootdir", str(ROOT), "-q", "-p", "no:cacheprovider", *words, *there]
+            marks = " and ".join([*([marker] if marker else []), *([] if options.long else ["not long"])])
+            arguments = ["-m", "pytest", "-q", "--rootdir", str(ROOT), "-o", f"cache_dir={CACHE / 'pytest'}", "-m", marks, *words, *there]
 
             def work() -> int:
                 code = subprocess.run(command(arguments), cwd=ROOT, env=variables).returncode
-                # 5: nothing collected. That is a fault of the part, unless the user's own words ask for less than the whole.
-                return 0 if code == 5 and (chosen is not None or (own_words and not marker)) else code
+                # 5: no test was found. A fault, unless the user asked for less than the whole.
+                return 0 if code == 5 and options.further else code
 
             return work
 
@@ -456,15 +447,11 @@ def test(options: argparse.Namespace) -> None:
 
 
 def _split(words: Sequence[str], folders: Sequence[str]) -> tuple[list[str], list[str] | None]:
-    """The user's words for pytest without the test files among them, and those of these that lie in the folders; None if no file is named."""
+    """The user's words for pytest without the test files among them, and those files that lie in the folders; None if none is named."""
     files = [word for word in words if not word.startswith("-") and (ROOT / word.split("::")[0]).exists() and "tests" in Path(word).parts]
     if not files:
         return list(words), None
-    inside = [
-        word
-        for word in files
-        if any((ROOT / word.split("::")[0]).resolve().is_relative_to(ROOT / folder) for folder in folders)
-    ]  # fmt: skip
+    inside = [word for word in files if any((ROOT / word.split("::")[0]).resolve().is_relative_to(ROOT / folder) for folder in folders)]
     return [word for word in words if word not in files], inside
 
 
@@ -494,16 +481,16 @@ def package(options: argparse.Namespace) -> None:
         _zip(made[1], {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()})
     if options.offline_bundle:
         made.append(_offline_bundle(backend, options.bundle_python))
-    for tool in sorted(VENV.glob("blender*/[lL]ib/**/bpy/*/scripts/addons_core/bl_pkg/cli/blender_ext.py")):
-        if "blender_ext" in tool.name:
-            _call([sys.executable, tool, "validate", made[1]], stdout=subprocess.DEVNULL)
-            print(f"Blender {tool.parents[4].name} accepts {made[1].name}")
+    scripts = "bpy/*/scripts/addons_core/bl_pkg/cli/blender_ext.py"
+    for tool in sorted([*VENV.glob(f"blender*/lib/python*/site-packages/{scripts}"), *VENV.glob(f"blender*/Lib/site-packages/{scripts}")]):
+        _call([sys.executable, tool, "validate", made[1]], stdout=subprocess.DEVNULL)
+        print(f"Blender {tool.parents[4].name} accepts {made[1].name}")
     for path in made:
         print(f"{path.stat().st_size / 1e6:8.1f} MB  {path.relative_to(ROOT)}")
 
 
 def assemble(target: Path) -> None:
-    """The extension as a folder that Blender can load: its own files, `protocol` inside, and the backend's wheel and lock file to set up from."""
+    """The extension as a folder that Blender can load: with `protocol` inside, and the backend's wheel and lock file to set up from."""
     leave = shutil.ignore_patterns("__pycache__", "*.pyc")
     shutil.copytree(ROOT / "blender_addon", target, ignore=leave, dirs_exist_ok=True)
     shutil.copytree(ROOT / "protocol", target / "protocol", ignore=leave, dirs_exist_ok=True)
@@ -523,7 +510,7 @@ def _extension_wheels(python: Path) -> list[Path]:
         def fetch(case: tuple[str, list[str]]) -> None:
             version, tags = case
             options = [
-                "--quiet",
+                "-qq",
                 "--no-deps",
                 "--only-binary=:all:",
                 "--python-version",
@@ -548,7 +535,7 @@ def _offline_bundle(python: Path, version: str | None) -> Path:
     system = {"Linux": "linux", "Windows": "windows", "Darwin": "macos"}.get(platform.system(), platform.system().lower())
     path = DIST / f"kiln-backend-{VERSION}-offline-{system}-{platform.machine().lower()}-python{version}-{torch.device}.zip"
     with _scratch() as scratch:
-        options = ["--quiet", "--only-binary=:all:", "--python-version", version, "--dest", scratch / "wheels"]
+        options = ["-qq", "--only-binary=:all:", "--python-version", version, "--dest", scratch / "wheels"]
         if torch.index and environment.reachable(torch.index):
             options += ["--extra-index-url", torch.index]
         _call([*_pip(python), "download", *options, "-r", LOCKS / "backend.txt"])
@@ -646,7 +633,7 @@ def main() -> None:
         parsers[function].set_defaults(function=function)
     parsers[demo].add_argument("--object", type=Path, metavar="FILE", help="a model to reconstruct (GLB, OBJ, PLY, FBX, BLEND)")
     parsers[demo].add_argument("--recipe", default="reconstruct", metavar="NAME")
-    parsers[demo].add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="where the results go (default: demo)")
+    parsers[demo].add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="where the results go (default: %(default)s)")
     parsers[test].add_argument("--long", action="store_true", help="also the tests that take long")
     parsers[package].add_argument("--offline-bundle", action="store_true", help="also a zip that sets the backend up without a network")
     parsers[package].add_argument(
@@ -664,7 +651,7 @@ def main() -> None:
     except Failed as failure:
         sys.exit(f"build.py: {failure}")
     except environment.SetupError as failure:
-        sys.exit(f"build.py: {failure.message}\n{failure.hint}")
+        sys.exit(f"build.py: {failure.message}\n{failure.hint}".rstrip())
     except KeyboardInterrupt:
         sys.exit("build.py: interrupted; run it again to go on")
 

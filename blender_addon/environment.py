@@ -25,9 +25,9 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Iterator, Sequence
 
 PYTHONS = ((3, 11), (3, 12), (3, 13))  # that every package of the backend has a ready-made wheel for
 PYTORCH = "https://download.pytorch.org/whl/"  # PyTorch's public index; below it a folder for each device
@@ -257,10 +257,10 @@ def create(
 ) -> None:
     """Makes the environment whole: a missing or broken one anew, an outdated one by exchanging what changed, a ready one anew (repair).
 
-    `python` makes it (default: the running one where it fits, else one that is found); `locks` and `wheel` fill it (default: what the packaged
-    extension brings); `torch` is the build to take when a lock names torch (default: what fits the device). `bundle` is a folder or zip of
-    wheels that is used instead of any index. `report` is called at least twice a second; when it raises, pip is ended and the exception
-    goes on. Everything that pip says goes to `log`. Raises `SetupError`.
+    `python` makes it (default: the running one where it fits, else one that is found). `locks` and `wheel` fill it (default: what the
+    packaged extension brings). `torch` is the build to take when a lock names torch (default: what fits the device). `bundle` is a folder
+    or zip of wheels that is used instead of any index. `report` is called at least twice a second; when it raises, pip is ended and the
+    exception goes on. Everything that pip says goes to `log`. Raises `SetupError`.
     """
     if locks is None:
         locks, wheel = shipped()
@@ -271,8 +271,11 @@ def create(
     started = time.monotonic()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(target, report), open(log, "w", encoding="utf-8", errors="replace") as lines:
-            _create(target, python, locks, wheel, torch, bundle, report, lines, started)
+        with _alone(target, report) as waited:
+            if waited and state(target, locks, wheel) == "ready":
+                return
+            with open(log, "w", encoding="utf-8", errors="replace") as lines:
+                _create(target, python, locks, wheel, torch, bundle, report, lines, started)
     except OSError as error:
         raise SetupError(
             f"{error.strerror or error}: {error.filename or target}.", "Make room or check the folder's permissions, then try again."
@@ -291,9 +294,8 @@ def _create(target, python, locks, wheel, torch, bundle, report, log, started) -
     (target / MARKER).unlink(missing_ok=True)
     run = _Commands(report, log)
     if not in_place:
-        report(0.0, "Making an empty environment")
         remove(target)
-        run([str(base), "-I", "-u", "-X", "utf8", "-m", "venv", str(target)], 0.0, 0.03)
+        run("Making an empty environment", [str(base), "-I", "-u", "-X", "utf8", "-m", "venv", str(target)], 0.0, 0.03)
     pip = [str(python_in(target)), "-I", "-u", "-X", "utf8", "-m", "pip", "--disable-pip-version-check", "--no-input"]
     # No compiler is needed, ever; byte code is written when a module is first imported, which is sooner than for all of them now.
     install = [*pip, "install", "--only-binary=:all:", "--no-compile", "--no-warn-script-location"]
@@ -308,11 +310,11 @@ def _create(target, python, locks, wheel, torch, bundle, report, log, started) -
                 raise SetupError(f"{torch.index} cannot be reached.", "Check the network: only that index has PyTorch for AMD GPUs.")
         own = next((line for line in names if line.startswith("pip==")), None)
         if own:  # first: the one that a Python brings along may be too old to know the system's certificates
-            run([*install, own], 0.03, 0.05, certificates=not folder)
+            run("Fetching pip", [*install, own], 0.03, 0.05, certificates=not folder)
         whole = [part for lock in locks for part in ("-r", str(lock))]
-        run([*install, "--progress-bar=raw", *whole], 0.05, 0.97 if wheel else 1.0, expected=len(names))
+        run("Looking for packages", [*install, "--progress-bar=raw", *whole], 0.05, 0.97 if wheel else 1.0, expected=len(names))
         if wheel:  # by itself: an update of Kiln with the same version number still counts
-            run([*install, "--no-deps", "--no-index", "--force-reinstall", str(wheel)], 0.97, 1.0)
+            run("Installing Kiln's backend", [*install, "--no-deps", "--no-index", "--force-reinstall", str(wheel)], 0.97, 1.0)
     made = {
         "fingerprint": wanted,
         "python": version,
@@ -354,13 +356,15 @@ def _delete(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone(target: Path, report: Report) -> Iterator[None]:
-    """Only one set-up of a target at a time, on the whole machine. The lock goes with its process."""
+def _alone(target: Path, report: Report) -> Iterator[bool]:
+    """Only one set-up of a target at a time, on the whole machine; whether we had to wait for it. The lock goes with its process."""
+    waited = False
     with open(target.with_name(target.name + ".lock"), "a+b") as file:
         while not _lock(file):
+            waited = True
             report(0.0, "Waiting for another set-up of the same environment")
             time.sleep(REPORT_EVERY)
-        yield
+        yield waited
 
 
 def _lock(file) -> bool:
@@ -456,7 +460,7 @@ class _Commands:
     def __init__(self, report: Report, log):
         self.report, self.log = report, log
 
-    def __call__(self, command: list[str], begin: float, end: float, expected: int = 0, certificates: bool = False) -> None:
+    def __call__(self, text: str, command: list[str], begin: float, end: float, expected: int = 0, certificates: bool = False) -> None:
         self.log.write("$ " + " ".join(command) + "\n")
         with contextlib.ExitStack() as stack:
             environment = _clean_environment()
@@ -470,19 +474,19 @@ class _Commands:
                 text=True, encoding="utf-8", errors="replace", **apart, **CONSOLE,
             )  # fmt: skip
             try:
-                said = self._follow(process, begin, end, expected)
+                said = self._follow(process, text, begin, end, expected)
             finally:
                 if process.poll() is None:
                     _end(process)
         if process.returncode:
             raise _failure(said, process.returncode, Path(self.log.name))
 
-    def _follow(self, process, begin: float, end: float, expected: int) -> list[str]:
-        """Reports until the process ends; returns what it said last. Three quarters of the way are packages fetched, the rest is unpacking."""
+    def _follow(self, process, text: str, begin: float, end: float, expected: int) -> list[str]:
+        """Reports until the process ends; returns what it said last. Fetching is three quarters of the way, unpacking the rest."""
         lines: queue.SimpleQueue = queue.SimpleQueue()
         threading.Thread(target=lambda: [*map(lines.put, process.stdout), lines.put(None)], daemon=True).start()
         said: list[str] = []
-        seen, text, share, part, reported = 0, "Installing", 0.0, "", 0.0
+        seen, share, part, reported = 0, 0.0, "", 0.0
         while True:
             try:
                 line = lines.get(timeout=REPORT_EVERY)
