@@ -121,7 +121,7 @@ def _recipe_parser(actions: Any, recipe: Any) -> None:
             options.update(choices=[value for value, _ in parameter.options], metavar="|".join(value for value, _ in parameter.options))
         else:
             options.update(type=parameter.type, metavar=parameter.unit.upper() or "N")
-            allowed = f", {parameter.low:g} to {parameter.high:g}"
+            allowed = f", {parameter.low} to {parameter.high}"
         help = f"{parameter.help} (default: {parameter.default}{allowed})".replace("%", "%%")
         groups[title].add_argument("--" + parameter.name.replace(".", "-").replace("_", "-"), help=help, **options)
     parser.set_defaults(command=_run, recipe=recipe)
@@ -133,7 +133,8 @@ def _recipe_parser(actions: Any, recipe: Any) -> None:
 def _serve(given: argparse.Namespace) -> int:
     from backend import server
 
-    return server.serve(host=given.host, port=given.port, until_idle=given.until_idle) or DONE
+    server.serve(connection.home(), given.host, given.port, given.until_idle)
+    return DONE
 
 
 def _connect(given: argparse.Namespace, start: bool = False) -> Any:
@@ -156,7 +157,8 @@ def _start(path: Path) -> Any:
     from protocol.client import Client
 
     logs = connection.home() / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
+    for folder in (connection.home(), logs):
+        connection.private_folder(folder)
     package = str(Path(__file__).resolve().parents[1])
     paths = [package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(os.path.abspath(path) for path in paths)}
@@ -295,7 +297,8 @@ class _Bar:
             return
         width = shutil.get_terminal_size().columns - 1
         filled = round(20 * fraction)
-        line = f"{self._name:<18} [{'#' * filled}{'.' * (20 - filled)}] {100 * fraction:3.0f}%  {time.monotonic() - self._begun:4.0f} s  {text}"
+        bar, seconds = "#" * filled + "." * (20 - filled), time.monotonic() - self._begun
+        line = f"{self._name:<18} [{bar}] {100 * fraction:3.0f}%  {seconds:4.0f} s  {text}"
         print(f"\r{line[:width]:<{width}}", end="", file=sys.stderr, flush=True)
         self._drawn = True
 
@@ -323,11 +326,9 @@ def _list_jobs(given: argparse.Namespace) -> int:
         print(json.dumps(jobs, indent=1))
         return DONE
     for job in jobs:
-        doing = (
-            f"{job['stage']} {100 * job['fraction']:.0f}%"
-            if job["state"] in ("running", "cancelling")
-            else (job["error"] or {}).get("code", "")
-        )
+        doing = (job["error"] or {}).get("code", "")
+        if job["state"] in ("running", "cancelling"):
+            doing = f"{job['stage']} {100 * job['fraction']:.0f}%"
         created = time.strftime("%Y-%m-%d %H:%M", time.localtime(job["created"]))
         print(f"{job['id']}  {created}  {job['recipe']:<12} {job['state']:<10} {doing:<24} {job['title']}".rstrip())
     if not jobs:
@@ -531,10 +532,9 @@ def _examine_backend(note: Any, path: Path) -> None:
             note("backend", error.message, error.hint or "Start it again.")
         return
     version = str(hello.get("version", "unknown"))
-    device = (hello.get("device") or {}).get("name", "unknown")
     note(
         "backend",
-        f"{version} runs on {hello.get('host', '')} ({device})",
+        f"{version} runs on {hello.get('host', '')} ({hello.get('device', '')})",
         "" if version == VERSION else "Run `kiln stop`; the next one is new.",
     )
 
