@@ -247,7 +247,8 @@ def _surface_points(thing: bpy.types.Object) -> np.ndarray:
     if thing.type in ("CURVES", "POINTCLOUD"):
         position = thing.data.attributes.get("position")
         return np.empty((0, 3)) if position is None else _read(position.data, "vector", 3)
-    mesh = thing.data if thing.type == "MESH" else thing.to_mesh()
+    own = thing.type == "MESH" and not thing.data.is_editmode  # in Edit mode the faces are not in the mesh itself
+    mesh = thing.data if own else thing.to_mesh()
     try:
         if mesh is None or len(mesh.polygons) == 0:
             return np.empty((0, 3))
@@ -255,7 +256,7 @@ def _surface_points(thing: bpy.types.Object) -> np.ndarray:
         used[_read(mesh.loops, "vertex_index", 1, np.int32)[:, 0]] = True
         return _read(mesh.vertices, "co", 3)[used]
     finally:
-        if thing.type != "MESH":
+        if not own:
             thing.to_mesh_clear()
 
 
@@ -575,8 +576,8 @@ class Capture:
     thumbnail: the picture that shows the subject from the front and a little from above.
     """
 
-    def __init__(self, subject: Subject, p: recipes.Capture, folder: Path, seed: int = 0):
-        """Evaluates the subject once as it renders, which finds its size and places the cameras.
+    def __init__(self, subject: Subject, p: recipes.Capture, folder: Path, seed: int = 0, like: "Capture | None" = None):
+        """Evaluates the subject once as it renders, which finds its size and places the cameras; `like` another capture, from its cameras.
 
         Raises KilnError("bad-subject") where it has no faces or no size, "busy" while Blender renders.
         """
@@ -600,6 +601,8 @@ class Capture:
             raise KilnError("bad-subject", f"{subject.title} has no size: all its points lie in one place.", "Check its scale.")
         fitted = directions(p.views)
         self._directions = np.concatenate([fitted, between(fitted, p.holdout, seed)])
+        if like is not None:
+            self._centre, self._radius, self._directions = like._centre, like._radius, like._directions
         self.cameras = [self._camera(direction) for direction in self._directions]
         self._tasks = [("color", view) for view in range(len(self._directions))]
         if p.geometry:
@@ -612,22 +615,25 @@ class Capture:
         """Render the next view, or the next few where preparing the scene takes long beside rendering it; True while views remain."""
         if self.done == self.steps:
             return False
+        try:
+            self._step()
+        except OSError as error:
+            raise KilnError("capture-failed", f"A view cannot be written: {error}.", "Check the free space on the disk.") from error
+        return self.done < self.steps
+
+    def _step(self) -> None:
         kind = self._tasks[self.done][0]
         with _idle(), _stage(self.subject) as scene:
             if _pose(self.subject) != self._pose:
                 raise KilnError("subject-changed", f"{self.subject.title} moved while it was captured.", "Leave it as it is until all views are rendered.")
             prepare = _colors(scene, self.subject, self.p, self._evaluated) if kind == "color" else _geometry(scene, self.p)
             with prepare:
-                started = time.perf_counter()
-                first = None
-                while self.done < self.steps and self._tasks[self.done][0] == kind:
+                seconds = []
+                while self.done < self.steps and self._tasks[self.done][0] == kind and not _worth_a_pause(seconds):
+                    started = time.perf_counter()
                     self._view(scene, kind, self._tasks[self.done][1])
                     self.done += 1
-                    spent = time.perf_counter() - started
-                    first = spent if first is None else first
-                    if spent > 3 * first or spent > max(0.25, 1.5 * first):
-                        break
-        return self.done < self.steps
+                    seconds.append(time.perf_counter() - started)
 
     def finish(self) -> tuple[dict[str, Path], dict]:
         """Write transforms.json and return the job's inputs (every file by its name) and its source: a JSON map of what import_asset
@@ -649,7 +655,9 @@ class Capture:
         return {name: self.folder / name for name in names}, self._source(fingerprint.hexdigest())
 
     def close(self) -> None:
-        (self.folder / "view.exr").unlink(missing_ok=True)
+        unfinished = self.folder / "view.exr"
+        if unfinished.is_file():
+            unfinished.unlink()
 
     def _camera(self, direction: np.ndarray) -> np.ndarray:
         """Camera-to-world (4, 4) in metres, as Blender will hold it in single precision."""
@@ -735,6 +743,11 @@ def capture(subject: Subject, p: recipes.Capture, folder: Path, seed: int = 0, r
         return work.finish()
     finally:
         work.close()
+
+
+def _worth_a_pause(seconds: list[float]) -> bool:
+    """Whether a step may end after views that took so long: once what the first cost beyond the others is at most half of the whole."""
+    return len(seconds) > 1 and sum(seconds) > 0.2 and sum(seconds[1:]) >= seconds[0] - min(seconds[1:])
 
 
 @contextmanager

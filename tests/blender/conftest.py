@@ -10,9 +10,10 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRATCH = Path(tempfile.mkdtemp(prefix="kiln-blender-"))
 os.environ["BLENDER_USER_RESOURCES"] = str(SCRATCH / "user")  # before bpy is imported: nobody's own preferences count
 
-import addon_utils  # noqa: E402
 import bpy  # noqa: E402
 import pytest  # noqa: E402
+
+import addon_utils  # noqa: E402, I001  (bpy makes it importable)
 
 REPOSITORY, MODULE = "kiln_test", "bl_ext.kiln_test.kiln"
 
@@ -49,6 +50,6 @@ def pytest_unconfigure(config):
 
 @pytest.fixture(autouse=True)
 def empty_scene():
-    """Every test begins with an empty file and the extension enabled."""
-    enable()
+    """Every test begins with an empty file; preferences, and so the enabled extension, stay."""
+    bpy.ops.wm.read_homefile(use_factory_startup=True, use_empty=True)
     yield
