@@ -14,7 +14,8 @@ What goes wrong is raised as `KilnError`, with `.code` for scripts and `.message
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import shutil
+from pathlib import Path
 
 import bpy
 
@@ -26,16 +27,16 @@ from .protocol.errors import KilnError
 __all__ = ["Imported", "KilnError", "reconstruct", "run"]
 
 
-def reconstruct(source: str | bpy.types.Object | Iterable[str | bpy.types.Object], preset: str = "standard", **parameters) -> Imported:
+def reconstruct(source, preset: str = "standard", save_to: str | Path | None = None, **parameters) -> Imported:
     """Captures objects as one subject, reconstructs it, and imports the result beside them.
 
     `source`: an object, its name, several of either, or a collection, in the current scene. `preset` and
-    `parameters`: those of the recipe.
+    `parameters`: those of the recipe. `save_to`: a folder that gets the files too: mesh.glb, splats.ply, report.json, comparison.png.
     """
-    return run("reconstruct", source, preset, **parameters)
+    return run("reconstruct", source, preset, save_to, **parameters)
 
 
-def run(recipe: str, source, preset: str = "standard", **parameters) -> Imported:
+def run(recipe: str, source, preset: str = "standard", save_to: str | Path | None = None, **parameters) -> Imported:
     """Like `reconstruct`, for any recipe by its name."""
     named = {properties.identifier(parameter.name): parameter.name for parameter in recipes.parameters(recipes.recipe_named(recipe))}
     values = {named.get(name, name): value for name, value in parameters.items()}
@@ -47,6 +48,8 @@ def run(recipe: str, source, preset: str = "standard", **parameters) -> Imported
         subject = capture.subject(bpy.context, objects=_objects(source))
     job = session.Shoot(subject, made).all_at_once()
     now.wait_for_results(job)
+    if save_to is not None:
+        shutil.copytree(job.results, save_to, dirs_exist_ok=True)
     return now.import_results(bpy.context, job)
 
 

@@ -24,6 +24,8 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +37,7 @@ STEADY = 120.0  # seconds that a backend has to run before earlier deaths are fo
 START_TIME = 60.0  # seconds a starting backend may take to answer: a cold disk and a virus scanner are slow, a healthy one needs one second
 LOOK_AGAIN = 2.0  # seconds between looks for a backend that somebody else started
 LISTEN = 0.1  # seconds of listening for events between two looks at the orders
+SHOWN = 20  # newest jobs whose pictures are fetched on connecting
 LOG_TAIL = 40  # lines of the backend's log shown with an error
 STOPPED = KilnError("backend-stopped", "The backend is stopped.", "Press Start in the Kiln tab.")
 PATIENCE = 0.5  # seconds that a lost connection is tried again before the backend counts as gone
@@ -83,7 +86,6 @@ class Link(threading.Thread):
         self._device_asked = 0.0
         self._next_look = 0.0
         self._state: dict = {}
-        self._active: set[str] = set()  # jobs that are not finished: they are why a dead backend is started again
 
     # Called from the main thread
 
@@ -167,7 +169,7 @@ class Link(threading.Thread):
     def _connect(self, found: connection.Connection) -> None:
         made = client.Client(found, patience=PATIENCE)
         try:
-            hello = made.hello()
+            hello = {**made.hello(), "device": made.status()["device"]}
             made.subscribe()
             jobs = made.jobs()
         except BaseException:
@@ -176,11 +178,11 @@ class Link(threading.Thread):
         self._client = made
         self._reached_at = time.monotonic()
         self._wanted = True  # once it was there, it is expected to stay
-        self._active = {job["id"] for job in jobs if job["state"] not in FINAL}
         self._tell_state("running", hello=hello)
         self._tell("jobs", jobs=jobs)
-        for job in jobs:
-            self._show_last_preview(job)
+        for job in jobs[-SHOWN:]:
+            with self._removed_meanwhile():
+                self._show_last_preview(job)
 
     def _show_last_preview(self, job: dict) -> None:
         if job["state"] in FINAL and job["state"] != "done":
@@ -204,9 +206,9 @@ class Link(threading.Thread):
         else:
             apart = {"start_new_session": True}
         try:
-            with open(self._where.log, "wb") as log:
+            with open(self._where.log, "ab") as log:
                 self._process = subprocess.Popen(
-                    [str(self._where.python), "-m", "backend.cli", "serve", "--until-idle"],
+                    [str(self._where.python), "-P", "-m", "backend.cli", "serve", "--until-idle"],
                     stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                     env=environment, cwd=str(self._where.log.parent), **apart,
                 )  # fmt: skip
@@ -255,13 +257,17 @@ class Link(threading.Thread):
             return
         if time.monotonic() > self._reached_at + STEADY:
             self._deaths = 0
+        if error.code not in GONE:  # not the backend's death: connect again, a little later
+            self._next_look = time.monotonic() + LOOK_AGAIN
+            self._give_up("failed", error)
+            return
         if self._process is not None and self._process.poll() is None:
             self._process.kill()  # it lives and does not answer: a hang
             self._process.wait(5)
         self._process = None
         self._started_at = time.monotonic()
-        if self._active:
-            self._wanted = True
+        if not connection.default_path().exists():  # it went in good order: somebody stopped it, here or in another Blender
+            self._wanted = False
         if self._wanted:
             self._died("The backend ended unexpectedly.")
         else:
@@ -314,7 +320,6 @@ class Link(threading.Thread):
             self._client.shutdown()
             self._client.close()
             self._client = None
-        self._active.clear()
         if self._process is not None:
             try:
                 self._process.wait(10)
@@ -330,9 +335,7 @@ class Link(threading.Thread):
         def report(sent, total):
             self._tell("transfer", ticket=ticket, fraction=sent / max(total, 1))
 
-        job = self._client.submit(recipe, values, inputs, title=title, source=source, progress=report)
-        self._active.add(job["id"])
-        return job
+        return self._client.submit(recipe, values, inputs, title=title, source=source, progress=report)
 
     def _order_fetch(self, ticket: int, job: dict, folder: Path) -> Path:
         """Downloads every result of a job into a folder."""
@@ -354,7 +357,6 @@ class Link(threading.Thread):
 
     def _order_retry(self, ticket: int, job: str) -> None:
         self._client.retry(job)
-        self._active.add(job)
 
     def _order_remove(self, ticket: int, job: str) -> None:
         self._client.remove(job)
@@ -376,16 +378,26 @@ class Link(threading.Thread):
             elif event["job"] not in changed:
                 changed.append(event["job"])
         for name in changed:
-            job = self._client.job(name)
-            (self._active.discard if job["state"] in FINAL else self._active.add)(name)
-            self._tell("job", job=job)
+            with self._removed_meanwhile():
+                self._tell("job", job=self._client.job(name))
         for name, artifact in pictures.items():
-            self._fetch_picture(name, artifact)
+            with self._removed_meanwhile():
+                self._fetch_picture(name, artifact)
+
+    @staticmethod
+    @contextmanager
+    def _removed_meanwhile() -> Iterator[None]:
+        """What is told of a job that somebody has just removed is nothing to fail over."""
+        try:
+            yield
+        except KilnError as error:
+            if error.code not in ("no-job", "no-artifact"):
+                raise
 
     def _learn_device(self) -> None:
         """The worker that knows the device starts after the server answers: asks again until it says."""
-        hello = self._state.get("hello") or {}
-        if (hello.get("device") or {}).get("kind", "unknown") == "unknown" and time.monotonic() > self._device_asked + 2.0:
+        hello = self._state["hello"]
+        if hello["device"].get("kind", "unknown") == "unknown" and time.monotonic() > self._device_asked + 2.0:
             self._device_asked = time.monotonic()
             self._tell_state("running", hello={**hello, "device": self._client.status()["device"]})
 

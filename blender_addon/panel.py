@@ -6,6 +6,7 @@ import blf
 import bpy
 
 from . import preferences, properties, session
+from .backend_link import FINAL
 from .protocol import recipes
 from .protocol.errors import KilnError
 
@@ -310,6 +311,8 @@ class KILN_PT_jobs(KilnPanel, bpy.types.Panel):
             box.template_icon(icon_value=icon, scale=max(4.0, min(10.0, context.region.width / context.preferences.system.ui_scale / 26)))
         if job.transfer is not None:
             box.progress(factor=job.transfer, text=f"{'Receiving' if state == 'done' else 'Sending'} {job.transfer:.0%}")
+        elif state not in FINAL and session.current.backend["state"] != "running":
+            draw_text(box, context, "Goes on when the backend runs again", "PAUSE")
         elif state in ("running", "cancelling"):
             doing = "Cancelling" if state == "cancelling" else data["stage"] or "Starting"
             box.progress(factor=data["fraction"] or 0.0, text=f"{doing} {data['fraction'] or 0:.0%}")

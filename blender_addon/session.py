@@ -180,15 +180,18 @@ class Session:
         def removed(result, error):
             if error and error.code != "no-job":
                 return self.note(error)
-            self.jobs.pop(job.data["id"], None)
-            if job.results:
-                shutil.rmtree(job.results, ignore_errors=True)
-            self._sync_rows()
+            self._forget(job)
 
         if job.data["id"].startswith("sending-"):
             removed(None, None)
         else:
             self.ask("remove", removed, job=job.data["id"])
+
+    def _forget(self, job: Job) -> None:
+        self.jobs.pop(job.data["id"], None)
+        if job.results:
+            shutil.rmtree(job.results, ignore_errors=True)
+        self._sync_rows()
 
     def import_results(self, context, job: Job) -> import_asset.Imported:
         """Brings downloaded results into the scene they came from, as one undo step."""
@@ -337,7 +340,14 @@ class Session:
             raise KilnError("not-sent", f"{job.data['title']} never reached the backend.", "Press Generate again.")
         if what == "cancel":
             job.data["state"] = "cancelling"  # shown at once; the backend answers in a moment
-        self.ask(what, job=job.data["id"])
+
+        def answered(result, error):
+            if error and error.code == "no-job":
+                self._forget(job)  # another Blender removed it
+            elif error:
+                self.note(error)
+
+        self.ask(what, answered, job=job.data["id"])
 
     def want_backend(self) -> None:
         """Makes sure that there is a backend to ask, or raises why there is none. Waits only in `blender -b`."""
@@ -502,7 +512,7 @@ class Shoot:
 
     def step(self) -> bool:
         """Renders a little; False when everything is rendered."""
-        with disk_errors():
+        with disk_errors(), quiet():
             more = self.capture.step()
         current.capture = (self.capture.done, self.capture.steps, self.title)
         return more
@@ -654,7 +664,7 @@ def environment_log() -> Path:
 
 def where() -> Where:
     """The backend that the preferences choose."""
-    chosen, log = preferences.get(), user_folder() / "backend.log"
+    chosen, log = preferences.get(), connection.home() / "logs" / "server.log"  # where `kiln run` writes it too
     if chosen.place == "REMOTE" and chosen.connection_file:
         return Where(remote=Path(bpy.path.abspath(chosen.connection_file)), log=log)
     named = preferences.backend_python()
@@ -689,6 +699,24 @@ def redraw() -> None:
                 for region in area.regions:
                     if region.type in ("UI", "WINDOW") if area.type == "PREFERENCES" else region.type == "UI":
                         region.tag_redraw()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps what Blender prints of every render, hundreds of lines, off the terminal of `blender -b`, where our own progress stands."""
+    if not bpy.app.background:
+        yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(nowhere)
+        os.close(kept)
 
 
 _last_line = ("", 0.0)
