@@ -381,7 +381,7 @@ def _lint(python: Path, fix: bool = False) -> int:
     cache = ["--cache-dir", str(CACHE / "ruff")]
     commands = [
         ["ruff", "check", "--quiet", *cache, *(["--fix"] if fix else []), "."],
-        ["ruff", "format", "--quiet", *cache, *([] if fix else ["--diff"]), "."],
+        ["ruff", "format", *cache, *([] if fix else ["--check"]), "."],
         ["mypy", "--no-error-summary"],
     ]
     return max(subprocess.run([str(python), "-m", *command], cwd=ROOT).returncode for command in commands)
