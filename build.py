@@ -202,14 +202,16 @@ class Environments:
         same = made and (python is None or made["python"] == _dotted(self._look(python)[1]))
         if same and environment.state(target, locks, wheel) == "ready":
             return environment.python_in(target)
+        fitting = " or ".join(dict.fromkeys(map(_dotted, versions)))
+        if python is None:
+            python = environment.find_python(versions)
+            if python is None:
+                fix = "Install one from python.org (on Debian and Ubuntu with python3-venv), or name it: --backend-python PATH."
+                raise Failed(f".venv/{name}: no Python {fitting} that can make environments was found. {fix}")
+        elif self._look(python)[1][:2] not in versions:
+            raise Failed(f".venv/{name} needs Python {fitting}; {python} is {_dotted(self._look(python)[1])}. Name another one.")
         if made and not same:
             environment.remove(target)
-        python = python or environment.find_python(versions)
-        if python is None:
-            fix = "Install one from python.org (on Debian and Ubuntu with python3-venv), or name it: --backend-python PATH."
-            raise Failed(
-                f"{name}: no Python {' or '.join(dict.fromkeys(map(_dotted, versions)))} that can make environments was found. {fix}"
-            )
         started = time.monotonic()
         said = ["", started]
 
