@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from backend import disk
 from backend.store import Store, check_hash, check_name
 from backend.worker import out_of_memory, read_frame, write_frame
 from protocol import recipes
@@ -337,10 +338,10 @@ class Jobs:
                     except OSError as error:
                         slot.failures += 1
                         if job is not None:
-                            self._fail(
-                                job,
-                                KilnError("worker-died", f"The worker cannot be started: {error}.", "`kiln doctor` says what is wrong."),
+                            failure = KilnError(
+                                "worker-died", f"The worker cannot be started: {error}.", "`kiln doctor` says what is wrong."
                             )
+                            self._fail(job, disk.no_space(self.store.root) if disk.is_full(error) else failure)
                         return
                 if job is not None:
                     self._run(slot, job)

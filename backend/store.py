@@ -207,10 +207,10 @@ class Store:
                     left.unlink(missing_ok=True)
         now = time.time()
         for part in self.uploads.iterdir():
-            if not 0 <= now - part.stat().st_mtime < PART_SECONDS:
+            if now - part.stat().st_mtime > PART_SECONDS:
                 part.unlink(missing_ok=True)
         for path in self.artifacts.glob("*/*"):
-            if 0 <= now - path.stat().st_mtime < WANTED_SECONDS:
+            if now - path.stat().st_mtime < WANTED_SECONDS:
                 self._wanted[path.name] = time.monotonic()  # a client may have sent it just before the backend died
         self.collect()
         self._ballast()

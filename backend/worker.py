@@ -185,15 +185,15 @@ def _outcome(command: dict[str, Any], reports: _Reports, cancelled: Callable[[],
     try:
         from backend.pipelines.run import Run  # numpy and more: not before the server has its answer
 
+        run = Run(Path(command["stages"]), reports, cancelled, command["stages_bytes"])
+        run.begin("Read inputs")
         inputs, results = folder / "inputs", folder / "results"
         results.mkdir(parents=True, exist_ok=True)
-        lay_out(command["inputs"], inputs)
+        lay_out(command["inputs"], inputs, run.progress)
         recipe = recipes.make(command["recipe"], command["parameters"])
         module, name = PIPELINES[command["recipe"]]
-        run = Run(Path(command["stages"]), reports, cancelled, command["stages_bytes"])
         asset = getattr(importlib.import_module(module), name)(run, inputs, recipe)
-        reports({"kind": "stage", "stage": "Save", "index": run.count, "cached": False})
-        run.progress(0.0)
+        run.begin("Save")
         with disk.full_disk_named(folder):
             asset.save(results)
         run.progress(1.0)
@@ -236,10 +236,11 @@ def out_of_memory(recipe: str, parameters: dict[str, Any], message: str) -> Kiln
     return KilnError("out-of-memory", message, f"{advice} other programs that need memory, then retry.")
 
 
-def lay_out(inputs: dict[str, list[str]], folder: Path) -> None:
+def lay_out(inputs: dict[str, list[str]], folder: Path, progress: Callable[..., None]) -> None:
     """Makes the job's input folder from artifacts: `inputs` maps relative names to (path, SHA-256). Links where it can, else copies."""
     folder.mkdir(parents=True)
-    for name, (path, hash) in inputs.items():
+    for number, (name, (path, hash)) in enumerate(inputs.items()):
+        progress(number / len(inputs), name)
         target = folder / check_name(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         with disk.full_disk_named(folder):
@@ -295,6 +296,8 @@ def _png(picture: Any) -> bytes:
     from PIL import Image
 
     picture = np.asarray(picture)
+    skip = max(1, max(picture.shape[:2]) // (2 * PREVIEW_SIZE))
+    picture = picture[::skip, ::skip]
     if picture.dtype != np.uint8:
         picture = (np.clip(np.nan_to_num(picture), 0, 1) * 255 + 0.5).astype(np.uint8)
     image = Image.fromarray(picture)

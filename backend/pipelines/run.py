@@ -30,7 +30,7 @@ from jaxtyping import Float
 
 from backend import disk
 from protocol import VERSION, recipes
-from protocol.errors import Cancelled
+from protocol.errors import Cancelled, KilnError
 
 MOST_BYTES = 20_000_000_000  # of finished stages on disk; the least recently used go first
 _MAGIC = b"KILNSTAGE1"
@@ -56,17 +56,15 @@ class Run:
         self.seconds: dict[str, float] = {}  # of computing each stage, also where this run found it finished
         self.cached: list[str] = []  # the stages that this run found finished
         self._report, self._cancelled = report, cancelled
-        self.count = 0  # stages so far
+        self._index = 0
         self._started = time.time()
         self._fingerprints: dict[int, tuple[Any, bytes]] = {}
 
     def stage(self, name: str, function: Callable, *inputs: Any) -> Any:
         """`function(*inputs)`, or its stored result. A function that takes `progress` gets this run's."""
-        self._stop_if_cancelled()
         path = None if self.stages is None else self._file(function, inputs)
         found = None if path is None else _load(path)
-        index, self.count = self.count, self.count + 1
-        self._report({"kind": "stage", "stage": name, "index": index, "cached": found is not None})
+        self.begin(name, cached=found is not None)
         if found is not None:
             result, seconds = found
             self.cached.append(name)
@@ -76,10 +74,16 @@ class Run:
             result = function(*inputs, **extra)
             seconds = time.perf_counter() - start
             if path is not None:
-                self._save(path, result, seconds)
+                self._keep(path, name, result, seconds)
         self.seconds[name] = round(self.seconds.get(name, 0.0) + seconds, 3)
         self.progress(1.0)
         return result
+
+    def begin(self, name: str, cached: bool = False) -> None:
+        """Names a step that is not worth keeping: reports from here on belong to it."""
+        self._stop_if_cancelled()
+        self._report({"kind": "stage", "stage": name, "index": self._index, "cached": cached})
+        self._index += 1
 
     def progress(self, fraction: float, text: str = "", preview: Float[np.ndarray, "h w 3"] | None = None) -> None:
         """Reports how far the current stage is. Raises `Cancelled` once the job is cancelled."""
@@ -125,17 +129,20 @@ class Run:
             self._fingerprints[id(given)] = (given, digest.digest())
         return self._fingerprints[id(given)][1]
 
-    def _save(self, path: Path, result: Any, seconds: float) -> None:
+    def _keep(self, path: Path, name: str, result: Any, seconds: float) -> None:
         chunks = pack({"result": result, "seconds": seconds})
         size = sum(len(chunk) for chunk in chunks)
         if size > self.most_bytes:
             return
         self.stages.mkdir(parents=True, exist_ok=True)
         self._make_room(size)
-        disk.write(path, chunks, self.stages, durable=False)  # what a power cut damages is computed again
+        try:
+            disk.write(path, chunks, self.stages, durable=False)  # what a power cut damages is computed again
+        except KilnError as error:  # the results may still fit, and then a job that has come this far is done
+            self.log(f"{name!r} is not kept for a later run. {error}")
 
     def _make_room(self, size: int) -> None:
-        """Removes the least recently used stages until `size` more bytes are within the limit and on the disk."""
+        """Removes the least recently used stages until `size` more bytes are within the limit and, if that can be, on the disk."""
         entries = []
         for path in self.stages.iterdir():
             with contextlib.suppress(FileNotFoundError):
@@ -146,8 +153,9 @@ class Run:
                     path.unlink(missing_ok=True)  # half written by a worker that was killed
         total = sum(entry_size for _, entry_size, _ in entries)
         free = shutil.disk_usage(self.stages).free
+        wanted = 2 * size if 2 * size <= free + total else 0  # room for the results too
         for used, entry_size, path in sorted(entries):
-            if total + size <= self.most_bytes and (free >= 2 * size or used >= self._started):
+            if total + size <= self.most_bytes and (free >= wanted or used >= self._started):
                 break
             with contextlib.suppress(OSError):  # another worker removed it, or reads it on Windows
                 path.unlink()

@@ -15,6 +15,7 @@ from backend.jobs import Jobs
 from backend.store import Store
 from protocol.errors import KilnError
 from tests.backend import steps_recipe  # enters the recipe `steps`, here and (by KILN_PIPELINES) in the workers
+from tests.backend.ball import write_ball
 
 ROOT = Path(__file__).parents[2]
 INPUT = {"in/text.txt": "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"}  # "hello"
@@ -118,10 +119,10 @@ def test_a_job_runs_to_done_and_tells_of_every_step(begin):
     assert job["title"] == "a title" and job["source"] == {"object": "Cube"} and job["parameters"]["seconds"] == 0.6
     assert set(job["results"]) == {"sum.txt", "more/stages.txt"} and backend.result(id, "sum.txt") == undisturbed()
     kinds = assert_well_told(backend, id)
-    assert kinds.count("done") == kinds.count("started") == 1 and kinds.count("stage") == 4
+    assert kinds.count("done") == kinds.count("started") == 1 and kinds.count("stage") == 5
     events = backend.jobs.events(id)
-    assert [event["stage"] for event in events if event["kind"] == "stage"] == ["Draw", "Scale", "Add", "Save"]
-    assert len([event for event in events if event["kind"] == "progress"]) <= 4 + 3 * 0.6 * 10 + 3
+    assert [event["stage"] for event in events if event["kind"] == "stage"] == ["Read inputs", "Draw", "Scale", "Add", "Save"]
+    assert len([event for event in events if event["kind"] == "progress"]) <= 5 + 3 * 0.6 * 10 + 3
     shown = [event for event in events if event["kind"] == "preview"]
     assert 2 <= len(shown) <= 5
     picture = backend.store.path(shown[-1]["artifact"]).read_bytes()
@@ -462,7 +463,7 @@ def test_an_old_jobs_progress_is_thinned_and_its_story_kept(begin, monkeypatch):
     monkeypatch.setattr(jobs_module.time, "time", lambda: now + 7200)
     backend.jobs._forget_progress()
     kinds = [event["kind"] for event in backend.jobs.events(id)]
-    assert kinds.count("progress") == kinds.count("preview") == 1 and kinds.count("stage") == 4 and kinds[-1] == "done"
+    assert kinds.count("progress") == kinds.count("preview") == 1 and kinds.count("stage") == 5 and kinds[-1] == "done"
     kept = {event["artifact"] for event in backend.jobs.events(id) if event["kind"] == "preview"}
     held = {path.name for path in backend.store.artifacts.rglob("*") if path.is_file()}
     assert held == kept | set(INPUT.values()) | {result["hash"] for result in backend.jobs.get(id)["results"].values()}
@@ -476,3 +477,33 @@ def test_a_thousand_waiting_jobs_are_listed_and_taken_in_a_blink_of_the_server(b
     backend.close()
     again = begin(started=False)
     assert [job["parameters"]["seed"] for job in again.jobs.list()] == list(range(1000))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills by signal")
+def test_reconstruct_killed_in_three_stages_gives_the_files_of_an_undisturbed_run(begin, tmp_path):
+    (tmp_path / "views").mkdir()
+    write_ball(tmp_path / "views")
+    backend = begin()
+    inputs = {path.name: backend.store.put(path) for path in (tmp_path / "views").iterdir()}
+    values = {
+        "fit.iterations": 100,
+        "fit.splats": 2000,
+        "fit.device": "cpu",
+        "surface.grid": 64,
+        "surface.faces": 2000,
+        "texture.size": 256,
+    }
+    made = []
+    for request, stages in (("disturbed", ["Fit splats", "Extract surface"]), ("undisturbed", [])):
+        id = backend.jobs.submit(request, "reconstruct", values, inputs)["id"]
+        for stage in stages:
+            backend.wait_for_stage(id, stage)
+            os.kill(backend.worker, signal.SIGKILL)
+            while backend.jobs.get(id)["stage"] == stage and backend.jobs.get(id)["state"] == "running":
+                time.sleep(0.01)
+        job = backend.wait(id, seconds=120)
+        assert job["state"] == "done" and job["attempts"] == len(stages) + 1, job["error"]
+        made.append({name: job["results"][name]["hash"] for name in ("mesh.glb", "splats.ply")})
+        for path in backend.store.stages.iterdir():
+            path.unlink()
+    assert made[0] == made[1]

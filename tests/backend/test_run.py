@@ -107,6 +107,17 @@ def test_a_killed_writer_leaves_nothing_that_is_taken_for_a_stage(tmp_path):
     assert calls == ["double", "total"] * 2
 
 
+def test_a_stage_that_the_disk_has_no_room_for_is_not_kept_and_the_run_goes_on(small_disk):
+    events = []
+    (small_disk / "other").write_bytes(b"x" * 23_000_000)
+    assert pipeline(Run(small_disk / "stages", events.append), np.ones(400_000), 1.0) == 800_001.0
+    (text,) = [event["text"] for event in events if event["kind"] == "log"]
+    assert "'Double' is not kept" in text and "no room" in text
+    assert [path.suffix for path in (small_disk / "stages").iterdir()] == [".stage"]  # the sum alone, and no half of the other
+    assert pipeline(Run(small_disk / "stages"), np.ones(400_000), 1.0) == 800_001.0
+    assert calls == ["double", "total", "double"]
+
+
 def test_the_least_recently_used_stages_go_first(tmp_path):
     first = np.zeros(10_000)
     for value in range(4):

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import shutil
 import sqlite3
 import subprocess
 import sys
@@ -251,20 +250,6 @@ def test_a_quota_is_a_full_disk(tmp_path):
             call()
         assert caught.value.code == "no-space" and caught.value.hint
     store.close()
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A disk of 24 MB, where this system lets a test mount one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = shutil.which("mount")
-    if sys.platform != "linux" or os.geteuid() != 0 or not mount:
-        pytest.skip("needs Linux and root for a small tmpfs")
-    if subprocess.run([mount, "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)], capture_output=True).returncode:
-        pytest.skip("this container may not mount a tmpfs")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_a_full_disk_is_named_with_what_is_needed_and_free_and_leaves_no_halves(small_disk):
