@@ -43,7 +43,7 @@ PROBE_SECONDS = 5.0  # between looks whether a silent client is still connected
 STUCK_SECONDS = 60.0  # that a client may take nothing before it is forgotten
 TICK = 0.5  # seconds between looks at the clock
 RETRY = 0.02  # seconds between attempts to reach a client whose pipe is full
-UNSENT = 4 * messages.WAITING  # replies kept for a client whose pipe is full
+UNSENT = 2000  # answers kept for a client whose pipe is full, nearly all of them refusals
 PIPE = 64  # messages on their way to one client, and from it
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ENDED = ("done", "failed", "cancelled")
@@ -310,7 +310,7 @@ class Server:
                 raise KilnError("port-taken", f"Port {port} at {host} is taken by another program.", "Give another with --port.") from None
             message = f"Kiln cannot listen at {host}:{port}: {error.strerror}."
             raise KilnError("bad-host", message, "Give an address of this machine.") from None
-        self.port = int(router.last_endpoint.rpartition(b":")[2].rstrip(b"\0"))
+        self.port = int(router.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2].rstrip("\0"))
         self.endpoint = f"tcp://{ {'0.0.0.0': '127.0.0.1', '[::]': '[::1]'}.get(where, where) }:{self.port}"
 
     def _write_connection(self) -> None:
@@ -568,9 +568,6 @@ class Server:
 
     def _take_request(self, session: _Session, kind: str, to: str, header: dict[str, Any], blob: zmq.Frame | None) -> None:
         if session.waiting >= messages.WAITING:
-            if session.unsent:
-                self._forget(session)  # it asks and does not listen
-                return
             raise KilnError("busy", f"{messages.WAITING} requests of this client wait for their replies.", "Wait for some of them.")
         if kind not in self._REQUESTS:
             raise KilnError("unknown-message", f"The backend does not know the message {kind[:40]!r}.", f"It speaks protocol {_version()}.")

@@ -11,6 +11,7 @@ import hashlib
 import io
 import math
 import os
+import re
 import secrets
 import time
 from collections import deque
@@ -265,6 +266,7 @@ class Client:
         What arrived before a break, of this client or of an earlier one, is kept beside `path` and not fetched again.
         """
         path = Path(path)
+        _check_hash(artifact)
         part = path.with_name(f"{path.name}.{artifact[:16]}.part")
         for _ in range(2):
             digest = hashlib.sha256()
@@ -282,6 +284,9 @@ class Client:
                 try:
                     self._persist(lambda: self._receive_artifact(artifact, file.tell(), write))
                 except KilnError as error:
+                    if error.code == "no-artifact" and not file.tell():
+                        file.close()
+                        part.unlink()
                     if error.code != "bad-offset":
                         raise
                     digest = hashlib.sha256()  # the part is longer than the artifact: not a part of it
@@ -295,6 +300,7 @@ class Client:
 
     def blob(self, artifact: str, most: int = BLOB_BYTES) -> bytes:
         """A small artifact's bytes, such as a preview picture's; verified."""
+        _check_hash(artifact)
         found = bytearray()
 
         def write(chunk: memoryview) -> None:
@@ -377,11 +383,15 @@ class Client:
                 if taken % 4 == 0 and offset < size:
                     self._send({"type": "credit", "download": number, "chunks": 4})
                 write(chunk)
+        except _Lost:
+            raise
+        except BaseException:  # given up, or no room: the rest need not come
+            self._download = {}
+            with contextlib.suppress(KilnError):
+                self._send({"type": "stop", "download": number})
+            raise
         finally:
             self._download = {}
-            if offset < size and self._socket is not None:
-                with contextlib.suppress(KilnError):
-                    self._send({"type": "stop", "download": number})
 
     # -- Requests and replies -----------------------------------------------------------------------------------------------------
 
@@ -458,7 +468,6 @@ class Client:
         socket.setsockopt(zmq.MAXMSGSIZE, messages.REPLY_BYTES + 1024)
         socket.setsockopt(zmq.SNDHWM, 64)
         socket.setsockopt(zmq.RCVHWM, 64)
-        socket.setsockopt(zmq.SNDTIMEO, int(self.timeout * 1000))
         socket.setsockopt(zmq.HANDSHAKE_IVL, int(CONNECT_SECONDS * 1000))
         socket.setsockopt(zmq.HEARTBEAT_IVL, 5000)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 15000)
@@ -481,7 +490,7 @@ class Client:
                 )
             event = parse_monitor_message(self._monitor.recv_multipart())["event"]
             if event != zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                raise self._explain(event, connecting=True)
+                raise self._explain(event)
             self._heard, self._pinged = time.monotonic(), 0.0
             self._hello = self._exchange("hello", protocol=list(messages.PROTOCOL), client=self._id, name=self.name[:200])
             if self._hello["protocol"][0] != messages.PROTOCOL[0]:
@@ -525,10 +534,21 @@ class Client:
             frames.append(blob)
         if self._socket is None:
             raise _Lost("There is no connection to the Kiln backend.")
-        try:
-            self._socket.send_multipart(frames)
-        except zmq.ZMQError:
-            raise _Lost("The Kiln backend takes no messages any more.") from None
+        while True:
+            try:
+                self._socket.send_multipart(frames, zmq.NOBLOCK)
+                return
+            except zmq.Again:
+                poller = zmq.Poller()
+                poller.register(self._socket, zmq.POLLOUT)
+                poller.register(self._monitor, zmq.POLLIN)
+                ready = dict(poller.poll(int(self.timeout * 1000)))
+            except zmq.ZMQError as error:
+                raise _Lost(f"The connection to the Kiln backend failed: {error.strerror}.") from None
+            if self._monitor in ready:
+                raise self._lost()
+            if not ready:
+                raise _Lost("The Kiln backend takes no messages any more.")
 
     def _listen(self, until: float) -> None:
         """Takes what arrives until there is an event, or until then."""
@@ -561,7 +581,7 @@ class Client:
                 self._take(*self._read())
                 return True
             if self._monitor in ready:
-                raise self._explain(parse_monitor_message(self._monitor.recv_multipart())["event"], connecting=False)
+                raise self._lost()
             now = time.monotonic()
             if now >= quiet:
                 if self._pinged:
@@ -615,20 +635,22 @@ class Client:
             self._numbers[job] = number
             self._events.append(event)
 
-    def _explain(self, event: int, connecting: bool) -> _Lost:
+    def _explain(self, event: int) -> _Lost:
+        """Why no connection came about."""
         where = self.connection.endpoint
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             return _Lost(f"The Kiln backend at {where} does not know this client's key.", "Copy its connection file again.", code="refused")
         if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
             return _Lost(f"What listens at {where} is not a Kiln backend.", "Check the connection file.", code="refused")
-        if connecting and event != zmq.EVENT_CLOSED:
+        if event != zmq.EVENT_CLOSED:
             return _Lost(
                 f"What listens at {where} ended the handshake: it has other keys than the connection file.",
                 "Copy its connection file again.",
                 code="refused",
             )
-        if connecting:
-            return _Lost(f"No Kiln backend listens at {where}.")
+        return _Lost(f"No Kiln backend listens at {where}.")
+
+    def _lost(self) -> _Lost:
         return _Lost("The Kiln backend ended the connection.", "It may have been stopped; start it again or look into its log.")
 
 
@@ -658,6 +680,11 @@ def _content(name: str, content: Path | bytes) -> tuple[str, int, Path | bytes]:
             return hashlib.file_digest(file, "sha256").hexdigest(), os.fstat(file.fileno()).st_size, Path(content)
     except OSError as error:
         raise KilnError("bad-input", f"The input {name} cannot be read: {error.strerror or error}.", f"Check the file {content}.") from None
+
+
+def _check_hash(artifact: str) -> None:
+    if not re.fullmatch("[0-9a-f]{64}", artifact):
+        raise KilnError("bad-hash", f"{artifact[:80]!r} is not an artifact's hash.", "Take it from a job's results or from an event.")
 
 
 def _changed(content: Path | bytes) -> KilnError:

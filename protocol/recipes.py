@@ -161,7 +161,7 @@ class Reconstruct:
 RECIPES: dict[str, type] = {recipe.NAME: recipe for recipe in (Reconstruct,)}
 
 
-def recipe_named(name: str) -> type:
+def recipe_named(name: str) -> Any:
     """The recipe class called `name`, or a `KilnError` that lists the recipes."""
     if name not in RECIPES:
         raise KilnError("bad-recipe", f"There is no recipe {name!r}.", f"Recipes: {', '.join(RECIPES)}.")
@@ -198,7 +198,7 @@ def make(name: str, values: dict[str, Any] | None = None, preset: str = "standar
         group, _, inner = flat_name.rpartition(".")
         groups.setdefault(group, {})[inner] = known[flat_name].check(value)
     top = groups.pop("", {})
-    defaults = {entry.name: entry.default for entry in dataclasses.fields(recipe)}
+    defaults: dict[str, Any] = {entry.name: entry.default for entry in dataclasses.fields(recipe)}
     return recipe(**top, **{group: dataclasses.replace(defaults[group], **inner) for group, inner in groups.items()})
 
 
