@@ -242,7 +242,6 @@ def test_cancel_stops_a_step_at_its_next_report_and_keeps_the_worker(begin):
 def test_cancel_frees_the_worker_within_two_seconds_of_a_step_that_never_yields(begin):
     backend = begin()
     id, next_id = backend.submit(fault="stuck"), backend.submit("r2")
-    backend.wait_for_stage(id, "Draw")
     while backend.jobs.get(id)["stage"] != "Scale":
         time.sleep(0.01)
     worker, asked = backend.worker, time.monotonic()
@@ -480,7 +479,7 @@ def test_a_thousand_waiting_jobs_are_listed_and_taken_in_a_blink_of_the_server(b
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills by signal")
-def test_reconstruct_killed_in_three_stages_gives_the_files_of_an_undisturbed_run(begin, tmp_path):
+def test_reconstruct_killed_in_two_stages_gives_the_files_of_an_undisturbed_run(begin, tmp_path):
     (tmp_path / "views").mkdir()
     write_ball(tmp_path / "views")
     backend = begin()
@@ -491,7 +490,7 @@ def test_reconstruct_killed_in_three_stages_gives_the_files_of_an_undisturbed_ru
         "fit.device": "cpu",
         "surface.grid": 64,
         "surface.faces": 2000,
-        "texture.size": 256,
+        "texture.size": 128,
     }
     made = []
     for request, stages in (("disturbed", ["Fit splats", "Extract surface"]), ("undisturbed", [])):
