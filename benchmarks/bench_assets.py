@@ -1,0 +1,59 @@
+# environment: blender
+"""The main job on every static object of a folder: 24 views at 256 px, preset standard, all in one backend. Prints the table of RESULTS.md.
+
+The objects are not part of this repository: `--assets DIR` names a folder of GLB files (default: ../shared/assets/static).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+COLUMNS = ("splats_psnr", "splats_psnr_white", "mesh_psnr", "mesh_psnr_white", "f1", "f05", "chamfer", "watertight", "hidden", "source_hidden",
+           "faces", "bounds_error", "total_seconds")  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--assets", type=Path, default=HERE.parent.parent / "shared" / "assets" / "static")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "demo" / "assets")
+    parser.add_argument("--preset", default="standard")
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--views", type=int, default=24)
+    parser.add_argument("--only", help="asset names, comma separated")
+    parser.add_argument("--json", type=Path)
+    a = parser.parse_args()
+    files = sorted(a.assets.glob("*.glb"))
+    if a.only:
+        files = [file for file in files if file.stem in a.only.split(",")]
+    if not files:
+        sys.exit(f"No GLB files in {a.assets}: name a folder with --assets.")
+    reports = {}
+    for file in files:
+        out = a.out / file.stem
+        flags = ["--set", f"capture.size={a.size}", "--set", f"capture.views={a.views}", "--preset", a.preset]
+        subprocess.run([sys.executable, str(HERE / "demo.py"), "--object", str(file), "--out", str(out), *flags], check=True, env=os.environ)
+        reports[file.stem] = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    print("| asset | " + " | ".join(COLUMNS) + " |\n|---" * 1 + "|---" * len(COLUMNS) + "|")
+    for name, report in reports.items():
+        print(f"| {name} | " + " | ".join(shown(report[column]) for column in COLUMNS) + " |")
+    medians = [statistics.median(float(report[column]) for report in reports.values()) for column in COLUMNS]
+    print("| **median** | " + " | ".join(shown(value) for value in medians) + " |")
+    if a.json:
+        a.json.write_text(json.dumps(reports, indent=1), encoding="utf-8")
+
+
+def shown(value: float | bool) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+# environment: backend
+"""The demo's second half, in the backend's environment: scores the delivered files and draws source, splats and imported mesh side by side.
+
+Reads what benchmarks/demo.py left in its folder; completes `report.json` and writes `contact_sheet.png`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from backend.mesh.measure import psnr, score
+from backend.splats import ply
+from backend.splats.render import render
+from backend.views.views import load
+
+PAPER = 0.22  # grey behind the subject
+COLUMNS = 6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--views", type=Path, required=True, help="the captured views, transforms.json and all")
+    parser.add_argument("--imported", type=Path, required=True, help="the imported mesh from the same held-out cameras")
+    parser.add_argument("--source", type=Path, required=True, help="the source's mesh, for scoring alone")
+    a = parser.parse_args()
+    report = json.loads((a.out / "report.json").read_text(encoding="utf-8"))
+    source, imported = load(a.views), load(a.imported)
+    delivered = ply.load(a.out / "splats.ply")
+    means = ((delivered.means - source.frame.centre) * source.frame.scale).astype(np.float32)
+    splats = dataclasses.replace(delivered, means=means, log_scales=delivered.log_scales + np.float32(np.log(source.frame.scale)))
+    held = np.flatnonzero(source.holdout)
+    rows: dict[str, list[np.ndarray]] = {"source": [], "splats": [], "mesh": []}
+    black: dict[str, list[float]] = {"splats": [], "mesh": []}
+    white: dict[str, list[float]] = {"splats": [], "mesh": []}
+    for index in held:
+        splatted = render(splats, source.cameras[index])
+        pictures = {
+            "source": (source.on_black()[index], source.alpha[index]),
+            "splats": (splatted.color, splatted.alpha),
+            "mesh": (imported.on_black()[index], imported.alpha[index]),
+        }
+        truth, cover = pictures["source"]
+        for name, (color, alpha) in pictures.items():
+            rows[name].append(color + PAPER * (1 - alpha[..., None]))
+            if name != "source":
+                black[name].append(psnr(color, truth))
+                white[name].append(psnr(color + 1 - alpha[..., None], truth + 1 - cover[..., None]))
+    for name in black:
+        report[f"{name}_psnr"] = round(float(np.mean(black[name])), 3)
+        report[f"{name}_psnr_white"] = round(float(np.mean(white[name])), 3)
+    report |= score(a.out / "mesh.glb", a.source)
+    (a.out / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    sheet([(name, row[:COLUMNS]) for name, row in rows.items()]).save(a.out / "contact_sheet.png")
+    print_report(report)
+
+
+def sheet(rows: list[tuple[str, list[np.ndarray]]]) -> Image.Image:
+    """One labelled row for each entry."""
+    height, width = rows[0][1][0].shape[:2]
+    picture = Image.new("RGB", (width * len(rows[0][1]), (height + 20) * len(rows)), (30, 30, 30))
+    draw = ImageDraw.Draw(picture)
+    for number, (name, row) in enumerate(rows):
+        top = number * (height + 20)
+        draw.text((6, top + 4), name, fill=(230, 230, 230))
+        for column, image in enumerate(row):
+            pixels = (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
+            picture.paste(Image.fromarray(pixels), (column * width, top + 20))
+    return picture
+
+
+def print_report(report: dict) -> None:
+    seconds = "  ".join(f"{name} {value:.1f}" for name, value in report["seconds"].items())
+    print(f"""
+held-out PSNR   splats {report["splats_psnr"]:.2f} dB   textured mesh {report["mesh_psnr"]:.2f} dB   (black background)
+                splats {report["splats_psnr_white"]:.2f} dB   textured mesh {report["mesh_psnr_white"]:.2f} dB   (white background)
+surface         Chamfer {report["chamfer"]:.5f}   F-score {report["f1"]:.3f} at 1%   {report["f05"]:.3f} at 0.5% of the diagonal
+mesh            {report["faces"]} faces   closed: {"yes" if report["watertight"] else "no"}   hidden area {report["hidden"]:.1%}
+splats          {report["splats"]}
+seconds         {seconds}   from button to imported asset {report["total_seconds"]:.1f}
+""")
+
+
+if __name__ == "__main__":
+    main()

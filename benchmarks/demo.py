@@ -1,0 +1,166 @@
+# environment: blender
+"""The main job as an artist has it, without a window: object in, press Generate, asset beside it; then what it is worth, in figures and pictures.
+
+Runs the real extension in bpy against a real backend. Leaves mesh.glb, splats.ply, scene.blend, report.json and contact_sheet.png in --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRATCH = Path(tempfile.mkdtemp(prefix="kiln-demo-"))
+os.environ["BLENDER_USER_RESOURCES"] = str(SCRATCH / "user")  # before bpy is imported: nobody's own preferences count
+sys.path.insert(0, str(ROOT))
+
+import bpy  # noqa: E402
+
+import build  # noqa: E402
+
+IMPORTERS = {
+    ".glb": lambda path: bpy.ops.import_scene.gltf(filepath=path, disable_bone_shape=True),
+    ".gltf": lambda path: bpy.ops.import_scene.gltf(filepath=path, disable_bone_shape=True),
+    ".obj": lambda path: bpy.ops.wm.obj_import(filepath=path),
+    ".ply": lambda path: bpy.ops.wm.ply_import(filepath=path),
+    ".stl": lambda path: bpy.ops.wm.stl_import(filepath=path),
+    ".fbx": lambda path: bpy.ops.import_scene.fbx(filepath=path),
+    ".blend": lambda path: append_blend(path),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="build.py demo", description=__doc__)
+    parser.add_argument("--object", type=Path, help=f"any model: {', '.join(IMPORTERS)} (default: one made on the spot)")
+    parser.add_argument("--recipe", default="reconstruct")
+    parser.add_argument("--preset", default="standard")
+    parser.add_argument("--out", type=Path, default=ROOT / "demo" / "result")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a recipe parameter, such as fit.splats=5000")
+    a = parser.parse_args()
+    a.out.mkdir(parents=True, exist_ok=True)
+    blender_prints_to(a.out / "blender.log")
+    api, capture, recipes = extension()
+    values = {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in a.set)}
+    recipe = recipes.make(a.recipe, values, a.preset)
+    subjects = import_object(a.object) if a.object else [built_in_object()]
+    bpy.context.view_layer.update()
+    subject = capture.subject(bpy.context, objects=subjects)
+
+    started = time.perf_counter()
+    imported = api.run(a.recipe, subjects, a.preset, save_to=a.out, **values)
+    total = time.perf_counter() - started
+
+    views = views_of(capture, subject, recipe.capture, SCRATCH / "views")
+    mesh = capture.subject(bpy.context, objects=[imported.mesh_object])
+    colors = dataclasses.replace(recipe.capture, geometry=False, color="base_color" if recipe.capture.color == "base_color" else recipe.capture.color)
+    views_of(capture, mesh, colors, SCRATCH / "imported", like=views)
+    source = a.object if a.object and a.object.suffix == ".glb" else export_source(subjects, SCRATCH / "source.glb")
+    report = json.loads((a.out / "report.json").read_text(encoding="utf-8"))
+    report["total_seconds"] = round(total, 2)
+    (a.out / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    bpy.ops.file.pack_all()
+    bpy.ops.wm.save_as_mainfile(filepath=str((a.out / "scene.blend").resolve()), compress=True)
+    sheet = [os.environ["KILN_BACKEND_PYTHON"], "-m", "benchmarks.contact_sheet", str(a.out), "--views", str(SCRATCH / "views"), "--imported", str(SCRATCH / "imported")]
+    subprocess.run([*sheet, "--source", str(source)], check=True, stdout=sys.stdout, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def blender_prints_to(path: Path) -> None:
+    """Blender reports every render on the process's standard output; this sends it to a file, and leaves Python's own print as it was."""
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    with open(path, "wb") as log:
+        os.dup2(log.fileno(), 1)
+
+
+def extension():
+    """The extension from this checkout, enabled in an empty Blender; its api, capture and recipes."""
+    bpy.ops.wm.read_factory_settings(use_empty=True)
+    build.assemble(SCRATCH / "extensions" / "kiln")
+    bpy.context.preferences.extensions.repos.new(name="checkout", module="checkout", custom_directory=str(SCRATCH / "extensions"))
+    bpy.ops.preferences.addon_refresh()
+    bpy.ops.preferences.addon_enable(module="bl_ext.checkout.kiln")
+    from bl_ext.checkout.kiln import api, capture
+    from bl_ext.checkout.kiln.protocol import recipes
+
+    return api, capture, recipes
+
+
+def import_object(path: Path) -> list[bpy.types.Object]:
+    """Everything that has a surface in a file, as one subject."""
+    if path.suffix.lower() not in IMPORTERS:
+        sys.exit(f"{path.name}: this demo opens {', '.join(IMPORTERS)}.")
+    if not path.is_file():
+        sys.exit(f"There is no file {path}.")
+    IMPORTERS[path.suffix.lower()](str(path.resolve()))
+    helpers = [collection for collection in bpy.data.collections if collection.name.startswith("glTF_not_exported")]
+    hidden = {thing for collection in helpers for thing in collection.all_objects}
+    found = [thing for thing in bpy.context.scene.objects if thing not in hidden and thing.type in {"MESH", "CURVE", "FONT", "META", "SURFACE"}]
+    if not found:
+        sys.exit(f"{path.name} holds no object with a surface.")
+    return found
+
+
+def append_blend(path: str) -> None:
+    with bpy.data.libraries.load(path) as (there, here):
+        here.objects = there.objects
+    for thing in here.objects:
+        bpy.context.scene.collection.objects.link(thing)
+
+
+def built_in_object() -> bpy.types.Object:
+    """A painted Suzanne: open eye sockets, separate parts, a procedural material, nothing to download."""
+    bpy.ops.mesh.primitive_monkey_add(size=0.4, location=(0.3, -0.2, 0.5), rotation=(0, 0, 0.6))
+    thing = bpy.context.object
+    thing.modifiers.new("Subdivision", "SUBSURF").render_levels = 2
+    bpy.ops.object.shade_smooth()
+    material = bpy.data.materials.new("Glaze")
+    material.use_nodes = True
+    nodes, links = material.node_tree.nodes, material.node_tree.links
+    place = nodes.new("ShaderNodeTexCoord")
+    waves = nodes.new("ShaderNodeTexWave")
+    waves.inputs["Scale"].default_value, waves.inputs["Distortion"].default_value = 2.2, 5.0
+    waves.inputs["Detail"].default_value = 1.0
+    ramp = nodes.new("ShaderNodeValToRGB")
+    ramp.color_ramp.elements[0].color = (0.02, 0.12, 0.2, 1)
+    ramp.color_ramp.elements[1].color = (0.85, 0.62, 0.3, 1)
+    ramp.color_ramp.elements.new(0.45).color = (0.1, 0.35, 0.33, 1)
+    links.new(place.outputs["Object"], waves.inputs["Vector"])
+    links.new(waves.outputs["Color"], ramp.inputs["Fac"])
+    links.new(ramp.outputs["Color"], nodes["Principled BSDF"].inputs["Base Color"])
+    thing.data.materials.append(material)
+    return thing
+
+
+def export_source(subjects: list[bpy.types.Object], path: Path) -> Path:
+    """The source's evaluated surface in world space, for scoring alone."""
+    bpy.ops.object.select_all(action="DESELECT")
+    for thing in subjects:
+        thing.select_set(True)
+    bpy.ops.export_scene.gltf(filepath=str(path), export_format="GLB", use_selection=True, export_apply=True, export_materials="NONE")
+    return path
+
+
+def views_of(capture, subject, p, folder: Path, like=None):
+    """The captured views of a subject, from the cameras of another capture where one is given."""
+    work = capture.Capture(subject, p, folder, like=like)
+    try:
+        while work.step():
+            pass
+        work.finish()
+    finally:
+        work.close()
+    return work
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    finally:
+        shutil.rmtree(SCRATCH, ignore_errors=True)
