@@ -45,8 +45,7 @@ class Subject:
     kind: str  # "object", "objects" or "collection"
     scene: int  # session_uid
     view_layer: str
-    objects: tuple[int, ...]  # session_uid each; of a collection, all its objects
-    collection: int | None = None
+    objects: tuple[int, ...]  # session_uid each; of a collection, all that it does not hide in renders
 
 
 def subject(
@@ -58,11 +57,11 @@ def subject(
     """
     scene, layer = context.scene, context.view_layer
     if collection is not None:
-        things = list(collection.all_objects)
         title, kind = collection.name, "collection"
-        if not things:
+        if not collection.all_objects:
             raise KilnError("bad-subject", f"Collection {title} is empty.", "Choose a collection that holds the object to rebuild.")
-        if collection.hide_render:
+        things = list(dict.fromkeys(thing for branch in _rendered_branches(collection) for thing in branch.objects))
+        if not things:
             raise KilnError("bad-subject", f"Collection {title} is hidden in renders.", "Turn its camera icon on in the Outliner.")
     else:
         if objects is None:
@@ -77,7 +76,7 @@ def subject(
         title = things[0].name if kind == "object" else f"{_first(things, layer).name} and {len(things) - 1} more"
     _refuse_what_cannot_render(things, title, kind, scene, layer)
     ids = tuple(thing.session_uid for thing in things)
-    return Subject(title, kind, scene.session_uid, layer.name, ids, collection.session_uid if collection is not None else None)
+    return Subject(title, kind, scene.session_uid, layer.name, ids)
 
 
 def _first(things: list[bpy.types.Object], layer: bpy.types.ViewLayer) -> bpy.types.Object:
@@ -100,12 +99,19 @@ def _refuse_what_cannot_render(things, title, kind, scene, layer) -> None:
         shown = _rendered_collections(layer)
         in_scene = [thing for thing in could if thing.name in scene.objects]
         if not in_scene:
-            raise KilnError("bad-subject", f"{title} is not in scene {scene.name}.", "Link it to the scene, or choose an object of this scene.")
+            raise KilnError("bad-subject", f"{title} is not in scene {scene.name}.", "Link it to the scene, or choose another object.")
         could = [thing for thing in in_scene if any(thing.name in collection.objects for collection in shown)]
     if all(thing.hide_render for thing in could):
         be = "is" if kind != "objects" else "are all"
         hint = "Turn its camera icon on in the Outliner, and that of its collection."
         raise KilnError("bad-subject", f"{title} {be} hidden in renders.", hint)
+
+
+def _rendered_branches(collection: bpy.types.Collection) -> list[bpy.types.Collection]:
+    """A collection and those in it, without what is hidden in renders."""
+    if collection.hide_render:
+        return []
+    return [collection, *(branch for child in collection.children for branch in _rendered_branches(child))]
 
 
 def _rendered_collections(layer: bpy.types.ViewLayer) -> list[bpy.types.Collection]:
@@ -185,6 +191,7 @@ class _Evaluated:
     surfaces: int = 0
     materials: set[int] = field(default_factory=set)  # session_uid
     bare: set[int] = field(default_factory=set)  # objects with a surface without material, session_uid
+    places: dict[int, Matrix] = field(default_factory=dict)  # of objects that are not instances, by session_uid
 
 
 class _Probe(bpy.types.RenderEngine):
@@ -212,7 +219,7 @@ def _measure(scene: bpy.types.Scene) -> _Evaluated:
         scene.render.engine = before
         bpy.utils.unregister_class(_Probe)
     if not isinstance(_Probe.outcome, _Evaluated):
-        raise _Probe.outcome or KilnError("capture-failed", "Blender did not evaluate the scene.", "Try again; if it stays so, restart Blender.")
+        raise _Probe.outcome or KilnError("capture-failed", "Blender did not evaluate the scene.", "Try again, or restart Blender.")
     return _Probe.outcome
 
 
@@ -224,6 +231,8 @@ def _evaluated(depsgraph: bpy.types.Depsgraph) -> _Evaluated:
         if thing.type not in SURFACES:
             continue
         matrix = np.array(instance.matrix_world, np.float64)
+        if not instance.is_instance:
+            found.places[thing.original.session_uid] = instance.matrix_world.copy()
         if instance.show_self:
             key = thing.data.as_pointer()
             if key not in cache:
@@ -322,73 +331,97 @@ def bounding_sphere(points: np.ndarray) -> tuple[np.ndarray, float]:
 
 # The temporary scene
 
+# What a new scene must have from the user's, beside the objects, for these to evaluate as they render there.
+FROM_SCENE = ("gravity", "use_gravity")
+FROM_RENDER = (
+    "fps", "fps_base", "hair_type", "hair_subdiv", "threads_mode", "threads",
+    "use_simplify", "simplify_subdivision_render", "simplify_child_particles_render", "simplify_volumes",
+)  # fmt: skip
+FROM_CYCLES = (
+    "feature_set", "shading_system", "dicing_rate", "dicing_camera", "max_subdivisions", "offscreen_dicing_scale",
+    "texture_limit_render", "transparent_max_bounces",
+)  # fmt: skip
+
 
 @contextmanager
-def _stage(subject: Subject) -> Iterator[bpy.types.Scene]:
-    """A scene with the subject alone and a camera, like the user's in frame, units, simplification and physics; gone afterwards."""
-    user_scene = _by_id(bpy.data.scenes, subject.scene, f"The scene of {subject.title}")
-    things = [_by_id(bpy.data.objects, thing, subject.title) for thing in subject.objects]
-    collection = _by_id(bpy.data.collections, subject.collection, subject.title) if subject.collection is not None else None
+def _stage(subject: Subject, moved: dict[int, Matrix] | None = None) -> Iterator[bpy.types.Scene]:
+    """A scene with the subject alone and a camera, like the user's in frame, units, simplification and forces; gone afterwards.
+
+    `moved` moves objects, by their session_uid. Nothing may update this scene's own dependency graph: that would write the places of
+    the objects in it to the user's data. Renders have theirs apart.
+    """
+    moved = moved or {}
+    user_scene = _scene(subject)
+    things = _things(subject)
     had_result = _render_result() is not None
     handlers = {name: list(getattr(bpy.app.handlers, name)) for name in RENDER_HANDLERS}
-    scene = camera = None
-    try:
-        for name in handlers:  # other add-ons would take our renders for the user's
+    with ExitStack() as undo:
+        for name, before in handlers.items():  # other add-ons would take our renders for the user's
             getattr(bpy.app.handlers, name).clear()
-        scene = user_scene.copy()
-        scene.name = "Kiln capture"
+            undo.callback(getattr(bpy.app.handlers, name).extend, before)
+        if not had_result:
+            undo.callback(lambda: _render_result() and bpy.data.images.remove(_render_result()))
+        # Not a copy: Scene.copy() counts users of objects wrongly in 4.2, and would bring the user's keyed settings and markers along.
+        scene = bpy.data.scenes.new("Kiln capture")
+        undo.callback(_remove_scene, scene)
+        scene.frame_set(user_scene.frame_current, subframe=user_scene.frame_subframe)
+        scene.unit_settings.scale_length = user_scene.unit_settings.scale_length
+        _carry(user_scene, scene, FROM_SCENE)
+        _carry(user_scene.render, scene.render, FROM_RENDER)
+        _carry(user_scene.cycles, scene.cycles, FROM_CYCLES)
+        _carry(user_scene.cycles_curves, scene.cycles_curves)
+        scene.view_layers[0].name = LAYER
+        _link(scene, things)
+        for thing in things:
+            if thing.instance_type in ("VERTS", "FACES"):  # these instance their children, which must be in the scene for it
+                _link(scene, thing.children_recursive)
+        empties = [thing for thing in user_scene.objects if thing.type == "EMPTY" and not thing.hide_render]
+        _link(scene, [empty for empty in empties if empty.field is not None and empty.field.type != "NONE"])  # forces act within a scene
+        for thing in things:
+            if thing.session_uid in moved:
+                _move(scene, thing, moved[thing.session_uid], undo)
         camera = bpy.data.cameras.new("Kiln capture")
-        _isolate(scene, things, collection)
+        undo.callback(bpy.data.cameras.remove, camera)  # and with it its object
         eye = bpy.data.objects.new("Kiln capture", camera)
         eye.rotation_mode = "QUATERNION"
         scene.collection.objects.link(eye)
         scene.camera = eye
         yield scene
-    finally:
-        if scene is not None:
-            scene.render.use_persistent_data = False  # frees what the engine kept
-            bpy.data.scenes.remove(scene)
-        if camera is not None:
-            bpy.data.cameras.remove(camera)  # and with it its object
-        for name, before in handlers.items():
-            getattr(bpy.app.handlers, name)[:] = before
-        if not had_result and _render_result() is not None:
-            bpy.data.images.remove(_render_result())
+
+
+def _remove_scene(scene: bpy.types.Scene) -> None:
+    scene.render.use_persistent_data = False  # frees what the engine kept
+    bpy.data.scenes.remove(scene)
+
+
+def _carry(source, target, names=None) -> None:
+    """Set the plain properties of `target` (those in `names`, or all) as `source` has them."""
+    for rna in source.bl_rna.properties:
+        if rna.is_readonly or rna.type == "COLLECTION" or names is not None and rna.identifier not in names:
+            continue
+        value = getattr(source, rna.identifier)
+        if value != getattr(target, rna.identifier):
+            setattr(target, rna.identifier, value)
 
 
 def _render_result() -> bpy.types.Image | None:
     return next((image for image in bpy.data.images if image.type == "RENDER_RESULT"), None)
 
 
-def _by_id(collection, session_uid: int, name: str):
-    found = next((entry for entry in collection if entry.session_uid == session_uid), None)
+def _things(subject: Subject) -> list[bpy.types.Object]:
+    known = {thing.session_uid: thing for thing in bpy.data.objects}
+    if any(one not in known for one in subject.objects):
+        raise KilnError(
+            "subject-changed", f"{subject.title} was removed, or its removal undone.", "Select the object again and start anew."
+        )
+    return [known[one] for one in subject.objects]
+
+
+def _scene(subject: Subject) -> bpy.types.Scene:
+    found = next((scene for scene in bpy.data.scenes if scene.session_uid == subject.scene), None)
     if found is None:
-        raise KilnError("subject-changed", f"{name} was removed, or its removal undone.", "Select the object again and start anew.")
+        raise KilnError("subject-changed", f"The scene of {subject.title} was removed.", "Select the object again and start anew.")
     return found
-
-
-def _isolate(scene: bpy.types.Scene, things: list[bpy.types.Object], collection: bpy.types.Collection | None) -> None:
-    user_objects = list(scene.collection.all_objects)
-    for child in list(scene.collection.children):
-        scene.collection.children.unlink(child)
-    for thing in list(scene.collection.objects):
-        scene.collection.objects.unlink(thing)
-    layer = scene.view_layers.new(LAYER)  # without the user's overrides, passes and exclusions
-    for other in [other for other in scene.view_layers if other != layer]:
-        scene.view_layers.remove(other)
-    layer.name = LAYER
-    scene.animation_data_clear()  # keyed render settings would move ours
-    scene.timeline_markers.clear()  # they may switch the camera
-    scene.background_set = None
-    if collection is not None:
-        scene.collection.children.link(collection)
-    else:
-        _link(scene, things)
-        for thing in things:
-            if thing.instance_type in ("VERTS", "FACES"):  # these instance their children, which must be in the scene for it
-                _link(scene, thing.children_recursive)
-    forces = [t for t in user_objects if t.type == "EMPTY" and t.field is not None and t.field.type != "NONE" and not t.hide_render]
-    _link(scene, forces)  # physics looks for them in the scene
 
 
 def _link(scene: bpy.types.Scene, things: list[bpy.types.Object]) -> None:
@@ -399,21 +432,25 @@ def _link(scene: bpy.types.Scene, things: list[bpy.types.Object]) -> None:
             present.add(thing)
 
 
+def _move(scene: bpy.types.Scene, thing: bpy.types.Object, motion: Matrix, undo: ExitStack) -> None:
+    """Show an object of the scene moved, as an instance: its own place is the user's."""
+    holder = bpy.data.collections.new("Kiln capture")
+    undo.callback(bpy.data.collections.remove, holder)
+    mover = bpy.data.objects.new("Kiln capture", None)
+    undo.callback(bpy.data.objects.remove, mover)
+    mover.instance_type, mover.instance_collection, mover.matrix_world = "COLLECTION", holder, motion
+    scene.collection.objects.unlink(thing)
+    holder.objects.link(thing)
+    scene.collection.objects.link(mover)
+
+
 def _common_settings(scene: bpy.types.Scene, size: int) -> None:
     render = scene.render
     render.resolution_x = render.resolution_y = size
     render.resolution_percentage = 100
-    render.pixel_aspect_x = render.pixel_aspect_y = 1.0
     render.film_transparent = True
     render.dither_intensity = 0.0
     render.use_persistent_data = True  # only the camera moves from one view to the next
-    render.use_overwrite = render.use_file_extension = True
-    for name in (
-        "use_border", "use_crop_to_border", "use_multiview", "use_motion_blur", "use_freestyle", "use_compositing", "use_sequencer", "use_placeholder"
-    ):  # fmt: skip
-        setattr(render, name, False)
-    for name in [name for name in dir(render) if name.startswith("use_stamp")]:
-        setattr(render, name, False)  # dates and times in a file would change its hash
     try:
         scene.display_settings.display_device = "sRGB"
         scene.view_settings.view_transform = "Standard"
@@ -423,12 +460,7 @@ def _common_settings(scene: bpy.types.Scene, size: int) -> None:
             "This Blender's colour configuration has no Standard view for sRGB.",
             "Start Blender without the OCIO environment variable.",
         ) from error
-    view = scene.view_settings
-    view.look = "None"
-    view.gamma = 1.0
-    for name in ("use_curve_mapping", "use_white_balance"):
-        if hasattr(view, name):
-            setattr(view, name, False)
+    scene.view_settings.look = "None"
 
 
 def _picture_format(scene: bpy.types.Scene, file_format: str) -> None:
@@ -437,7 +469,6 @@ def _picture_format(scene: bpy.types.Scene, file_format: str) -> None:
         settings.media_type = "MULTI_LAYER_IMAGE" if file_format == "OPEN_EXR_MULTILAYER" else "IMAGE"
     settings.file_format = file_format
     settings.color_mode = "RGBA"
-    settings.color_management = "FOLLOW_SCENE"
     if file_format == "PNG":
         settings.color_depth = "8"
         settings.compression = 15
@@ -449,27 +480,19 @@ def _picture_format(scene: bpy.types.Scene, file_format: str) -> None:
 
 
 def _cycles(scene: bpy.types.Scene, samples: int, bounces: bool, filter_width: float) -> None:
-    """Cycles with exactly `samples` samples a pixel, for data (`bounces` False) or for light."""
-    try:
-        scene.render.engine = "CYCLES"
-    except TypeError:
-        raise KilnError("capture-failed", "Cycles is turned off.", "Enable the add-on Cycles Render Engine in the preferences.") from None
+    """Cycles with exactly `samples` samples a pixel, without bounces for data, with them (and then denoised) for light."""
+    scene.render.engine = "CYCLES"
     cycles = scene.cycles
     cycles.device = "GPU" if bpy.context.preferences.addons["cycles"].preferences.has_active_device() else "CPU"
     cycles.samples = samples
     cycles.time_limit = 0.0
-    cycles.seed = 0
-    cycles.use_animated_seed = cycles.use_adaptive_sampling = False
+    cycles.use_animated_seed = cycles.use_adaptive_sampling = cycles.use_camera_cull = cycles.use_distance_cull = False
     cycles.pixel_filter_type = "BOX" if filter_width < 0.1 else "BLACKMAN_HARRIS"
     cycles.filter_width = filter_width
-    cycles.use_camera_cull = cycles.use_distance_cull = False
     cycles.transparent_max_bounces = max(cycles.transparent_max_bounces, 64)  # leaves and hair stand many deep
     cycles.use_denoising = bounces
     if not bounces:
-        cycles.max_bounces = cycles.min_light_bounces = cycles.min_transparent_bounces = 0
-        cycles.film_exposure = 1.0
-        cycles.film_transparent_glass = False
-        scene.view_settings.exposure = 0.0
+        cycles.max_bounces = 0
 
 
 @contextmanager
@@ -488,7 +511,7 @@ def _colors(scene: bpy.types.Scene, subject: Subject, p: recipes.Capture, evalua
             else:
                 undo.enter_context(base_color.shown(materials, bare))
         else:
-            _add_lights(scene, subject)
+            _add_light(scene, subject)
             if p.color == "cycles":
                 _cycles(scene, p.samples, bounces=True, filter_width=1.5)
             else:
@@ -516,17 +539,23 @@ def _white_world() -> Iterator[bpy.types.World]:
     try:
         if world.node_tree is None:
             world.use_nodes = True
-        next(node for node in world.node_tree.nodes if node.bl_idname == "ShaderNodeBackground").inputs["Color"].default_value = (1, 1, 1, 1)
+        background = next(node for node in world.node_tree.nodes if node.bl_idname == "ShaderNodeBackground")
+        background.inputs["Color"].default_value = (1, 1, 1, 1)
         yield world
     finally:
         bpy.data.worlds.remove(world)
 
 
-def _add_lights(scene: bpy.types.Scene, subject: Subject) -> None:
-    user_scene = _by_id(bpy.data.scenes, subject.scene, f"The scene of {subject.title}")
+def _add_light(scene: bpy.types.Scene, subject: Subject) -> None:
+    """The user's lights, world, exposure and engine settings."""
+    user_scene = _scene(subject)
     layer = user_scene.view_layers.get(subject.view_layer) or user_scene.view_layers[0]
     for collection in _rendered_collections(layer):
         _link(scene, [t for t in collection.objects if t.type in ("LIGHT", "LIGHT_PROBE") and not t.hide_render])
+    scene.world = user_scene.world
+    scene.view_settings.exposure = user_scene.view_settings.exposure
+    _carry(user_scene.cycles, scene.cycles)
+    _carry(user_scene.eevee, scene.eevee)
 
 
 def _without_metadata(path: Path) -> None:
@@ -583,10 +612,16 @@ class Capture:
         """
         self.subject, self.p, self.folder = subject, p, Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
+        if "cycles" not in bpy.context.preferences.addons:
+            raise KilnError("capture-failed", "Cycles is turned off.", "Enable the add-on Cycles Render Engine in the preferences.")
         with _idle(), _stage(subject) as scene:
             self._evaluated = _measure(scene)
             self._pose = _pose(subject)
             self._unit = scene.unit_settings.scale_length
+        self._moved = _simulated_motion(subject, self._evaluated)
+        if self._moved:
+            with _stage(subject, self._moved) as scene:
+                self._evaluated = _measure(scene)
         if not self._evaluated.surfaces:
             raise KilnError(
                 "bad-subject",
@@ -623,9 +658,11 @@ class Capture:
 
     def _step(self) -> None:
         kind = self._tasks[self.done][0]
-        with _idle(), _stage(self.subject) as scene:
+        with _idle(), _stage(self.subject, self._moved) as scene:
             if _pose(self.subject) != self._pose:
-                raise KilnError("subject-changed", f"{self.subject.title} moved while it was captured.", "Leave it as it is until all views are rendered.")
+                raise KilnError(
+                    "subject-changed", f"{self.subject.title} moved while it was captured.", "Leave it until all views are there."
+                )
             prepare = _colors(scene, self.subject, self.p, self._evaluated) if kind == "color" else _geometry(scene, self.p)
             with prepare:
                 seconds = []
@@ -710,8 +747,8 @@ class Capture:
         return {"w": size, "h": size, "fl_x": focal, "fl_y": focal, "cx": size / 2, "cy": size / 2, "frames": frames}
 
     def _source(self, fingerprint: str) -> dict:
-        scene = _by_id(bpy.data.scenes, self.subject.scene, f"The scene of {self.subject.title}")
-        first = _by_id(bpy.data.objects, self.subject.objects[0], self.subject.title)
+        scene = _scene(self.subject)
+        first = _things(self.subject)[0]
         if self.subject.kind == "object":
             location, rotation, _ = first.matrix_world.decompose()
         else:
@@ -721,7 +758,7 @@ class Capture:
             "title": self.subject.title,
             "kind": self.subject.kind,
             "object": first.name,
-            "collection": _by_id(bpy.data.collections, self.subject.collection, "").name if self.subject.collection is not None else "",
+            "collection": self.subject.title if self.subject.kind == "collection" else "",
             "scene": scene.name,
             "location": list(location),  # Blender units
             "rotation": list(rotation),  # quaternion, w first
@@ -745,6 +782,16 @@ def capture(subject: Subject, p: recipes.Capture, folder: Path, seed: int = 0, r
         work.close()
 
 
+def _simulated_motion(subject: Subject, evaluated: _Evaluated) -> dict[int, Matrix]:
+    """From where rigid bodies are without their simulation, which belongs to the user's scene, to where they are in that scene."""
+    motions = {}
+    for thing in _things(subject):
+        begun = evaluated.places.get(thing.session_uid)
+        if thing.rigid_body is not None and begun is not None and begun != thing.matrix_world:
+            motions[thing.session_uid] = thing.matrix_world @ begun.inverted_safe()
+    return motions
+
+
 def _worth_a_pause(seconds: list[float]) -> bool:
     """Whether a step may end after views that took so long: once what the first cost beyond the others is at most half of the whole."""
     return len(seconds) > 1 and sum(seconds) > 0.2 and sum(seconds[1:]) >= seconds[0] - min(seconds[1:])
@@ -760,8 +807,8 @@ def _idle() -> Iterator[None]:
 
 def _pose(subject: Subject) -> tuple:
     """What must stay the same from view to view: the frame, and where the objects are."""
-    scene = _by_id(bpy.data.scenes, subject.scene, f"The scene of {subject.title}")
-    places = [tuple(value for row in _by_id(bpy.data.objects, thing, subject.title).matrix_world for value in row) for thing in subject.objects]
+    scene = _scene(subject)
+    places = [tuple(value for row in thing.matrix_world for value in row) for thing in _things(subject)]
     return scene.frame_current, scene.frame_subframe, tuple(places)
 
 

@@ -195,8 +195,8 @@ def _material() -> bpy.types.Material:
     faded = math("MULTIPLY", -400, -200, math("EXPONENT", -500, -300, exponent), attribute("opacity", -600, 0).outputs["Fac"])
     front = math("SUBTRACT", -400, -500, 1.0, node("ShaderNodeNewGeometry", -600, -600).outputs["Backfacing"])
     is_soft = math("GREATER_THAN", -400, 0, radius, 0.0)
-    # solid: 1; soft: the Gaussian, once for each splat
-    alpha = math("ADD", 0, -200, math("SUBTRACT", -200, 0, 1.0, is_soft), math("MULTIPLY", -200, -200, is_soft, math("MULTIPLY", -300, -300, faded, front)))
+    once = math("MULTIPLY", -300, -300, faded, front)  # a line of sight meets both sides of an ellipsoid
+    alpha = math("ADD", 0, -200, math("SUBTRACT", -200, 0, 1.0, is_soft), math("MULTIPLY", -200, -200, is_soft, once))
     emission = node("ShaderNodeEmission", 0, 200)
     link(attribute("color", -300, 300).outputs["Color"], emission.inputs["Color"])
     mix = node("ShaderNodeMixShader", 250, 0)

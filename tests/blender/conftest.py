@@ -13,8 +13,6 @@ os.environ["BLENDER_USER_RESOURCES"] = str(SCRATCH / "user")  # before bpy is im
 import bpy  # noqa: E402
 import pytest  # noqa: E402
 
-import addon_utils  # noqa: E402, I001  (bpy makes it importable)
-
 REPOSITORY, MODULE = "kiln_test", "bl_ext.kiln_test.kiln"
 
 
@@ -27,6 +25,8 @@ def assemble(folder: Path) -> None:
 
 def enable() -> None:
     """Factory settings with the extension switched on, and an empty scene."""
+    import addon_utils  # Blender's own; it can be found once bpy is there
+
     bpy.ops.wm.read_factory_settings(use_empty=True)
     repositories = bpy.context.preferences.extensions.repos
     if REPOSITORY not in [repository.module for repository in repositories]:
@@ -37,13 +37,14 @@ def enable() -> None:
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "oldest: also run under the oldest Blender that the extension promises, 4.2")
     assemble(SCRATCH / "extensions" / "kiln")
     enable()
 
 
 def pytest_unconfigure(config):
     if MODULE in sys.modules:
+        import addon_utils
+
         addon_utils.disable(MODULE)
     shutil.rmtree(SCRATCH, ignore_errors=True)
 

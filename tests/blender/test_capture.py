@@ -12,7 +12,7 @@ import pytest
 from bl_ext.kiln_test.kiln import capture
 from bl_ext.kiln_test.kiln.protocol import recipes
 from bl_ext.kiln_test.kiln.protocol.errors import KilnError
-from mathutils import Matrix, Vector
+from mathutils import Quaternion, Vector
 from PIL import Image
 
 QUICK = recipes.Capture(views=6, size=48, holdout=0, samples=4)
@@ -338,7 +338,8 @@ def contents(tree):
     nodes = []
     for node in tree.nodes:
         flags = (node.name, node.bl_idname, node.select, node.mute, tuple(node.location), getattr(node, "is_active_output", None))
-        values = [str(tuple(s.default_value) if hasattr(s.default_value, "__len__") else s.default_value) for s in node.inputs if hasattr(s, "default_value")]
+        given = [socket.default_value for socket in node.inputs if hasattr(socket, "default_value")]
+        values = [str(tuple(value) if hasattr(value, "__len__") else value) for value in given]
         inner = contents(node.node_tree) if getattr(node, "node_tree", None) else None
         nodes.append((flags, values, inner))
     links = [(k.from_node.name, k.from_socket.identifier, k.to_node.name, k.to_socket.identifier, k.is_muted) for k in tree.links]
@@ -562,6 +563,38 @@ def test_curves_texts_and_metaballs_are_surfaces(tmp_path):
     assert min(take(tmp_path / "meta")[2]["dimensions"]) > 0.5
 
 
+def test_rigid_bodies_are_captured_where_they_have_fallen_to(tmp_path):
+    thing = add("cube", size=1, location=(0, 0, 10))
+    bpy.ops.rigidbody.world_add()
+    bpy.ops.rigidbody.object_add()
+    for frame in range(1, 21):
+        bpy.context.scene.frame_set(frame)
+    fallen = thing.matrix_world.translation.z
+    table, _, source = take(tmp_path)
+    low, high = bounds(tmp_path, table)
+    assert fallen < 8 and (low[2] + high[2]) / 2 == pytest.approx(fallen, abs=0.05)
+    assert source["location"][2] == pytest.approx(fallen, abs=1e-4)
+    assert bpy.context.scene.frame_current == 20 and thing.matrix_world.translation.z == pytest.approx(fallen)
+
+
+def test_animation_and_simplification_are_those_of_the_scene_at_its_frame(tmp_path):
+    thing = add("cube", size=1)
+    thing.location.x = 0
+    thing.keyframe_insert("location", frame=1)
+    thing.location.x = 10
+    thing.keyframe_insert("location", frame=11)
+    levels = thing.modifiers.new("fine", "SUBSURF")
+    levels.render_levels = 3
+    scene = bpy.context.scene
+    scene.render.use_simplify, scene.render.simplify_subdivision_render = True, 0
+    scene.frame_set(6)
+    table, _, source = take(tmp_path)
+    assert source["location"][0] == pytest.approx(5, abs=1e-4)
+    low, high = bounds(tmp_path, table)
+    assert np.allclose((low + high) / 2, (5, 0, 0), atol=0.03)
+    assert source["dimensions"] == pytest.approx([1, 1, 1], abs=1e-4)  # subdivided, it would be smaller
+
+
 def test_vertex_instances_of_children_are_seen(tmp_path):
     parent = add("plane", size=4)
     child = add("cube", size=1)
@@ -669,6 +702,17 @@ def test_an_object_in_a_hidden_collection_is_hidden(tmp_path):
     assert refusal(tmp_path, objects=[cube]).message == "Cube is hidden in renders."
 
 
+def test_without_cycles_the_preferences_are_named(tmp_path):
+    import addon_utils
+
+    add("cube")
+    addon_utils.disable("cycles", default_set=True)
+    try:
+        assert refusal(tmp_path).message == "Cycles is turned off."
+    finally:
+        addon_utils.enable("cycles", default_set=True)
+
+
 def test_a_subject_that_moves_or_goes_between_two_views_ends_the_capture(tmp_path):
     cube = add("cube")
     work = capture.Capture(capture.subject(bpy.context), dataclasses.replace(QUICK, views=20), tmp_path)
@@ -695,10 +739,12 @@ def everything():
             names[collection] = [(entry.name, entry.users) for entry in found]
     scene = bpy.context.scene
     settings = {}
-    for part in (scene, scene.render, scene.render.image_settings, scene.cycles, scene.view_settings, scene.display_settings, scene.view_layers[0]):
+    image, view = scene.render.image_settings, scene.view_settings
+    for part in (scene, scene.render, image, scene.cycles, view, scene.display_settings, scene.view_layers[0]):
         for rna in part.bl_rna.properties:
             if rna.type in ("BOOLEAN", "INT", "FLOAT", "STRING", "ENUM"):
-                settings[part.bl_rna.identifier, rna.identifier] = str(getattr(part, rna.identifier))
+                if (rna.identifier, part) != ("use_nodes", scene):  # reading it warns from 5.0 on
+                    settings[part.bl_rna.identifier, rna.identifier] = str(getattr(part, rna.identifier))
     chosen = [thing.name for thing in scene.objects if thing.select_get()], bpy.context.object and bpy.context.object.name, bpy.context.mode
     where = [list(row) for thing in scene.objects for row in thing.matrix_world]
     handlers = {name: list(getattr(bpy.app.handlers, name)) for name in dir(bpy.app.handlers) if name.startswith("render_")}
@@ -826,5 +872,5 @@ def test_a_turned_and_mirrored_object_has_a_rigid_frame(tmp_path):
     bpy.context.view_layer.update()
     _, _, source = take(tmp_path, objects=[thing])
     assert source["location"] == pytest.approx(list(thing.matrix_world.translation), abs=1e-5)
-    turn = Matrix.LocRotScale(None, None, None).to_3x3() @ __import__("mathutils").Quaternion(source["rotation"]).to_matrix()
+    turn = Quaternion(source["rotation"]).to_matrix()
     assert turn.determinant() == pytest.approx(1, abs=1e-5)
