@@ -51,7 +51,7 @@ class Parameter:
             raise self._refuse(value, "one of " + ", ".join(names))
         unit = f" {self.unit}" if self.unit else ""
         kind = "a whole number" if self.type is int else "a number"
-        allowed = f"{kind} from {self.low:g} to {self.high:g}{unit}"
+        allowed = f"{kind} from {self.low:.12g} to {self.high:.12g}{unit}"
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             raise self._refuse(value, allowed)
         if self.type is int and value != int(value) or not self.low <= value <= self.high:
@@ -209,3 +209,32 @@ def values(recipe: Any) -> dict[str, Any]:
         owner = getattr(recipe, parameter.group) if "." in parameter.name else recipe
         found[parameter.name] = getattr(owner, parameter.name.rpartition(".")[2])
     return found
+
+
+def reference() -> str:
+    """The reference table of every recipe, as Markdown: docs/recipes.md holds it."""
+    lines = ["# Recipes", "", "Made from `protocol/recipes.py` by `python -m protocol.recipes`; a test keeps it current."]
+    for recipe in RECIPES.values():
+        presets = [preset for preset in recipe.PRESETS if preset != "standard"]
+        lines += ["", f"## {recipe.NAME}", "", (recipe.__doc__ or "").strip(), ""]
+        lines += [f"| parameter | standard | {' | '.join(presets)} | allowed | what it does |", "|---" * (len(presets) + 4) + "|"]
+        for parameter in parameters(recipe):
+            others = [recipe.PRESETS[preset].get(parameter.name, parameter.default) for preset in presets]
+            shown = " | ".join(_shown(value) for value in (recipe.PRESETS["standard"].get(parameter.name, parameter.default), *others))
+            help = parameter.help + "".join(f"<br>`{name}`: {meaning}." for name, meaning in parameter.options)
+            lines.append(f"| `{parameter.name}` | {shown} | {_allowed(parameter)} | {help} |")
+    return "\n".join(lines) + "\n"
+
+
+def _shown(value: Any) -> str:
+    return "on" if value is True else "off" if value is False else f"{value}"
+
+
+def _allowed(parameter: Parameter) -> str:
+    if parameter.options:
+        return ", ".join(name for name, _ in parameter.options)
+    return "on, off" if parameter.type is bool else f"{parameter.low:.12g} to {parameter.high:.12g} {parameter.unit}".strip()
+
+
+if __name__ == "__main__":
+    print(reference(), end="")
