@@ -42,7 +42,6 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 CACHE = VENV / "cache"
-DIST = ROOT / "dist"
 LOCKS = ROOT / "requirements"
 
 # Blender versions as bpy wheels, each with the Python that its wheel is for; blender-VERSION.txt is its lock file.
@@ -467,9 +466,9 @@ def _scratch() -> Iterator[Path]:
 def package(options: argparse.Namespace) -> None:
     """make the extension's zip and the backend's wheel in dist/; --offline-bundle adds a zip of all that the backend needs"""
     backend = Environments(options).backend()
-    DIST.mkdir(exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
     wheels = _extension_wheels(backend)
-    made = [wheel(DIST), DIST / f"kiln-{VERSION}.zip"]
+    made = [wheel(options.out), options.out / f"kiln-{VERSION}.zip"]
     with _scratch() as scratch:
         folder = scratch / "kiln"
         assemble(folder)
@@ -482,13 +481,13 @@ def package(options: argparse.Namespace) -> None:
         manifest.write_text(f"{top}\nwheels = [\n{listed}]\n{table}{rest}", "utf-8")
         _zip(made[1], {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()})
     if options.offline_bundle:
-        made.append(_offline_bundle(backend, options.bundle_python))
+        made.append(_offline_bundle(backend, options.bundle_python, options.out))
     scripts = "bpy/*/scripts/addons_core/bl_pkg/cli/blender_ext.py"
     for tool in sorted([*VENV.glob(f"blender*/lib/python*/site-packages/{scripts}"), *VENV.glob(f"blender*/Lib/site-packages/{scripts}")]):
         _call([sys.executable, tool, "validate", made[1]], stdout=subprocess.DEVNULL)
         print(f"Blender {tool.parents[4].name} accepts {made[1].name}")
     for path in made:
-        print(f"{path.stat().st_size / 1e6:8.1f} MB  {path.relative_to(ROOT)}")
+        print(f"{path.stat().st_size / 1e6:8.1f} MB  {path}")
 
 
 def assemble(target: Path) -> None:
@@ -530,12 +529,12 @@ def _extension_wheels(python: Path) -> list[Path]:
     return sorted(folder.glob("*.whl"))
 
 
-def _offline_bundle(python: Path, version: str | None) -> Path:
+def _offline_bundle(python: Path, version: str | None, out: Path) -> Path:
     """A zip of the backend's lock as wheels, for this machine's kind of system and device and for the given Python."""
     torch = environment.torch_build()
     version = version or ".".join(environment.about(VENV / "backend")["python"].split(".")[:2])
     system = {"Linux": "linux", "Windows": "windows", "Darwin": "macos"}.get(platform.system(), platform.system().lower())
-    path = DIST / f"kiln-backend-{VERSION}-offline-{system}-{platform.machine().lower()}-python{version}-{torch.device}.zip"
+    path = out / f"kiln-backend-{VERSION}-offline-{system}-{platform.machine().lower()}-python{version}-{torch.device}.zip"
     with _scratch() as scratch:
         options = ["-qq", "--only-binary=:all:", "--python-version", version, "--dest", scratch / "wheels"]
         if torch.index and environment.reachable(torch.index):
@@ -637,6 +636,7 @@ def main() -> None:
     parsers[demo].add_argument("--recipe", default="reconstruct", metavar="NAME")
     parsers[demo].add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="where the results go (default: %(default)s)")
     parsers[test].add_argument("--long", action="store_true", help="also the tests that take long")
+    parsers[package].add_argument("--out", type=Path, default=Path("dist"), metavar="DIR", help="where they go (default: %(default)s)")
     parsers[package].add_argument("--offline-bundle", action="store_true", help="also a zip that sets the backend up without a network")
     parsers[package].add_argument(
         "--bundle-python", metavar="VERSION", help="the Python of the Blender that it is for (3.11 up to Blender 5.0, then 3.13)"

@@ -31,7 +31,7 @@ from pathlib import Path
 
 PYTHONS = ((3, 11), (3, 12), (3, 13))  # that every package of the backend has a ready-made wheel for
 PYTORCH = "https://download.pytorch.org/whl/"  # PyTorch's public index; below it a folder for each device
-MARKER = "kiln-environment.json"
+MARKER = "kiln-environment.json"  # what a finished environment was made from; "null" while it is being made
 CONSOLE = {"creationflags": subprocess.CREATE_NO_WINDOW} if sys.platform == "win32" else {}  # no window flashes up from Blender
 REPORT_EVERY = 0.2  # seconds
 
@@ -289,17 +289,19 @@ def _create(target, python, locks, wheel, torch, bundle, report, log, started) -
     if any(line.startswith("torch==") for line in names):
         torch = torch or torch_build()
         _check_room(target, torch.gigabytes)
-    before = about(target)
-    in_place = before and before["fingerprint"] != wanted and before["python"].split(".")[:2] == version.split(".")[:2]
-    (target / MARKER).unlink(missing_ok=True)
     run = _Commands(report, log)
-    if not in_place:
-        remove(target)
-        run("Making an empty environment", [str(base), "-I", "-u", "-X", "utf8", "-m", "venv", str(target)], 0.0, 0.03)
-    pip = [str(python_in(target)), "-I", "-u", "-X", "utf8", "-m", "pip", "--disable-pip-version-check", "--no-input"]
-    # No compiler is needed, ever; byte code is written when a module is first imported, which is sooner than for all of them now.
-    install = [*pip, "install", "--only-binary=:all:", "--no-compile", "--no-warn-script-location"]
     with _wheels_of(bundle) as folder:
+        before = about(target)
+        in_place = before and before["fingerprint"] != wanted and before["python"].split(".")[:2] == version.split(".")[:2]
+        if not in_place:
+            remove(target)
+            target.mkdir()
+        (target / MARKER).write_text("null")
+        if not in_place:
+            run("Making an empty environment", [str(base), "-I", "-u", "-X", "utf8", "-m", "venv", str(target)], 0.0, 0.03)
+        pip = [str(python_in(target)), "-I", "-u", "-X", "utf8", "-m", "pip", "--disable-pip-version-check", "--no-input"]
+        # No compiler is needed, ever; byte code is written when a module is first imported, which is sooner than for all of them now.
+        install = [*pip, "install", "--only-binary=:all:", "--no-compile", "--no-warn-script-location"]
         if folder:
             install += ["--no-index", "--find-links", str(folder)]
         elif torch and torch.index:
@@ -311,10 +313,12 @@ def _create(target, python, locks, wheel, torch, bundle, report, log, started) -
         own = next((line for line in names if line.startswith("pip==")), None)
         if own:  # first: the one that a Python brings along may be too old to know the system's certificates
             run("Fetching pip", [*install, own], 0.03, 0.05, certificates=not folder)
+            install.append("--progress-bar=raw")
         whole = [part for lock in locks for part in ("-r", str(lock))]
-        run("Looking for packages", [*install, "--progress-bar=raw", *whole], 0.05, 0.97 if wheel else 1.0, expected=len(names))
+        run("Looking for packages", [*install, *whole], 0.05, 0.97 if wheel else 1.0, expected=len(names))
         if wheel:  # by itself: an update of Kiln with the same version number still counts
-            run("Installing Kiln's backend", [*install, "--no-deps", "--no-index", "--force-reinstall", str(wheel)], 0.97, 1.0)
+            update = [*install, "--no-deps", "--no-index", "--force-reinstall", str(wheel)]
+            run("Installing Kiln's backend", update, 0.97, 1.0)
     made = {
         "fingerprint": wanted,
         "python": version,
@@ -331,8 +335,8 @@ def remove(target: Path, report: Report = silent) -> None:
     """Deletes an environment, whole or not; refuses a folder that is none."""
     doomed = target.with_name(target.name + ".removed")
     if target.exists():
-        strangers = not (target / "pyvenv.cfg").exists() and any(target.iterdir())
-        if strangers:
+        ours = (target / MARKER).exists() or (target / "pyvenv.cfg").exists()
+        if not ours and any(target.iterdir()):
             raise SetupError(f"{target} holds other things than a Kiln environment.", "Move them away, or choose another folder.")
         report(0.0, "Removing the environment")
         _delete(doomed)
