@@ -46,7 +46,10 @@ def bake(mesh: Mesh, splats: Splats, views: Views, p: recipes.Texture, progress:
     for i, camera in enumerate(seen.cameras):
         progress(0.3 + 0.2 * i / len(seen), "Looking for each texel in the views")
         depths[i] = raster.depth(mesh, camera)[0]
-        clean[i] = _clean(depths[i], seen.alpha[i], None if seen.depth is None else seen.depth[i], camera.fx)
+        given = None if seen.depth is None else seen.depth[i]
+        if given is not None:  # what stands before the mesh in the view hides it, even if the mesh has no such part
+            depths[i] = np.where((given > 0) & (given < depths[i]), given, depths[i])
+        clean[i] = _clean(depths[i], seen.alpha[i], given, camera.fx)
     light = linear_from_srgb(seen.images)
     poses = np.stack([camera.camera_from_world for camera in seen.cameras])
     lenses = np.array([[camera.fx, camera.fy, camera.cx, camera.cy] for camera in seen.cameras])
@@ -108,7 +111,9 @@ def _weights(screen, flat, faces, place):
     return weights
 
 
-def _clean(depth: Float[np.ndarray, "h w"], alpha: Float[np.ndarray, "h w"], given: Float[np.ndarray, "h w"] | None, focal: float) -> Bool[np.ndarray, "h w"]:
+def _clean(
+    depth: Float[np.ndarray, "h w"], alpha: Float[np.ndarray, "h w"], given: Float[np.ndarray, "h w"] | None, focal: float
+) -> Bool[np.ndarray, "h w"]:
     """Pixels whose neighbourhood shows one surface of the mesh, no background, and the depth that the view itself has."""
     near = minimum_filter(np.where(depth > 0, depth, 0), 3)
     far = maximum_filter(depth, 3)
@@ -212,17 +217,17 @@ def _solve(texture, cut: Mesh, uv, seen: Views, light, clean, progress) -> Float
     if subject == 0 or subject > RAYS:
         return texture
     parts = []
-    pixel_of, offset = [], 0
     for i, camera in enumerate(seen.cameras):
         progress(0.3 * i / len(seen))
         fine = camera.scaled(supersample)
         screen, inverse = raster.project(cut.vertices, fine)
         _, triangle = raster.z_buffer(screen, inverse, cut.faces, fine.width, fine.height)
         pixels = np.argwhere(clean[i])
-        base, share, whole = _rays(screen, inverse, cut.faces, triangle, uv.astype(np.float64), pixels, supersample, texture.shape[0], texture.shape[1])
+        base, share, whole = _rays(
+            screen, inverse, cut.faces, triangle, uv.astype(np.float64), pixels, supersample, texture.shape[0], texture.shape[1]
+        )
         pixels, base, share = pixels[whole], base[whole], share[whole]
         parts.append((base, share, light[i][pixels[:, 0], pixels[:, 1]]))
-        offset += len(pixels)
     base = np.concatenate([part[0] for part in parts])
     share = np.concatenate([part[1] for part in parts])
     target = np.concatenate([part[2] for part in parts])

@@ -13,14 +13,16 @@ from numba import njit
 
 from backend.mesh.mesh import Mesh
 
-PULL = 1e-3  # weight of the distance to the edge's middle: places vertices well where the surface is flat
+PULL = 1e-6  # weight of the distance to the edge's middle: places vertices well where the surface is flat
 VALENCE = 48  # most faces around a vertex
 TURN = 0.2  # least cosine between a face's normals before and after
 
 
 def decimate(mesh: Mesh, faces: int) -> Mesh:
-    """At most `faces` triangles; more only where every further collapse would break the surface. The input must be a closed manifold, else the
-    places where it is not stay as they are."""
+    """At most `faces` triangles; more only where every further collapse would break the surface.
+
+    The input should be a closed manifold; where it is not, it stays as it is.
+    """
     if len(mesh.faces) <= faces:
         return mesh
     vertices, triangles = mesh.vertices.astype(np.float64), mesh.faces.astype(np.int32).copy()

@@ -33,7 +33,10 @@ DENSITY = 0.4  # opacity-weighted Gaussian density at the surface (levels 0.3 to
 
 
 def extract(splats: Splats, views: Views, p: recipes.Surface, progress: Progress = silent) -> Mesh:
-    """The surface of the subject, unit frame. Uses the views that may be fitted alone. Raises `KilnError("no-surface")` if there is none."""
+    """The surface of the subject, unit frame. Uses the views that may be fitted alone; splats only where the views have no depth.
+
+    Raises `KilnError("no-surface")` if there is none.
+    """
     seen = views.for_fitting
     progress(0.0, "Reading depth")
     exact = seen.depth is not None
@@ -41,7 +44,7 @@ def extract(splats: Splats, views: Views, p: recipes.Surface, progress: Progress
     points, normals = _surface_samples(seen, depth)
     if len(points) < 50:
         raise KilnError(
-            "no-surface", "The views show no surface: hardly any pixel has depth.", "Check that the subject fills a good part of the pictures."
+            "no-surface", "The views show no surface: hardly any pixel has depth.", "Check that the subject fills the pictures."
         )
     low, high = points.min(0), points.max(0)
     cell = float((high - low).max()) / p.grid
@@ -104,9 +107,9 @@ def _surface_samples(seen: Views, depth: Float[np.ndarray, "v h w"]) -> tuple[Fl
 def _prepare(depth, alpha, fx, fy):
     """What carving looks up in one view: 1 / depth, what each 2 x 2 block of pixels shows, and the alpha at a silhouette.
 
-    kind[r, c] for the block whose first pixel is (r, c): 0 background alone, 1 one smooth surface, 2 a rim against the background, 3 a step
-    between two surfaces. rim: alpha, and the alpha above which a pixel belongs to the subject: half of what its neighbourhood reaches, so that
-    parts thinner than a pixel are not taken for background.
+    kind[r, c] for the block whose first pixel is (r, c): 0 background alone, 1 one smooth surface, 2 a rim against the background, 3 a
+    step between two surfaces. rim: alpha, and the alpha above which a pixel belongs to the subject: half of what its neighbourhood
+    reaches, so that parts thinner than a pixel are not taken for background.
     """
     height, width = depth.shape
     inverse = np.zeros((height, width), np.float32)
@@ -180,7 +183,7 @@ def _signed_distance(x, y, z, lens, inverse, kind, rim):
 
 @njit(parallel=True, cache=True)
 def _carve(field, first, last, origin, cell, poses, lenses, inverse, kind, rim):
-    """field[first:last]: the largest free distance over all views (in STEPS of a cell, cut off at REACH), averaged over the views that agree."""
+    """field[first:last]: the largest free distance over all views, averaged over those that agree; STEPS of a cell, cut off at REACH."""
     views = len(poses)
     _, ny, nz = field.shape
     for line in prange((last - first) * ny):

@@ -38,12 +38,13 @@ def save(path: Path, mesh: TexturedMesh, frame: Frame, name: str) -> None:
         buffer_views.append(view if target is None else {**view, "target": target})
         binary += data + b"\0" * (-len(data) % 4)
     count = len(positions)
+    primitive = {"attributes": {"POSITION": 0, "NORMAL": 1, "TEXCOORD_0": 2}, "indices": 3, "material": 0}
     document = {
         "asset": {"version": "2.0", "generator": "Kiln"},
         "scene": 0,
         "scenes": [{"nodes": [0]}],
         "nodes": [{"name": name, "mesh": 0, "translation": _y_up(np.asarray(frame.centre, np.float64)).tolist()}],
-        "meshes": [{"name": name, "primitives": [{"attributes": {"POSITION": 0, "NORMAL": 1, "TEXCOORD_0": 2}, "indices": 3, "material": 0}]}],
+        "meshes": [{"name": name, "primitives": [primitive]}],
         "accessors": [
             {"bufferView": 0, "componentType": FLOAT, "count": count, "type": "VEC3",
              "min": positions.min(0).tolist(), "max": positions.max(0).tolist()},

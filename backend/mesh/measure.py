@@ -28,9 +28,10 @@ def psnr(a: Float[np.ndarray, "h w 3"], b: Float[np.ndarray, "h w 3"]) -> float:
 def score(mesh_path: Path | str, source_path: Path | str) -> dict[str, float | int | bool]:
     """Scores of a mesh file against its source file, both in one frame and scale.
 
-    f1, f05: F-score of points within 1 % and 0.5 % of the source's bounding-box diagonal; precision05, recall05: its two parts; chamfer: mean
-    of the two mean distances over the diagonal; hidden, source_hidden: share of the area that no camera outside sees; watertight: every edge
-    between two faces once seam vertices are merged; bounds_error: largest difference of the bounding boxes over the diagonal.
+    f1, f05: F-score of points within 1 % and 0.5 % of the source's bounding-box diagonal; precision05, recall05: its two parts.
+    chamfer: mean of the two mean distances over the diagonal. hidden, source_hidden: share of the area that no camera outside sees.
+    watertight: every edge between two faces once seam vertices are merged. bounds_error: largest difference of the bounding boxes over
+    the diagonal.
     """
     result, source = _load(mesh_path), _load(source_path)
     diagonal = float(np.linalg.norm(source.extents))
@@ -94,7 +95,8 @@ def _visible_points(mesh: trimesh.Trimesh) -> tuple[Float[np.ndarray, "n 3"], fl
         camera = look_at(direction * distance, (0, 0, 0), PIXELS, 2 * np.arcsin(1.02 / distance))
         depth = raster.depth(unit, camera)[0]
         depth[depth == 0] = np.inf
-        screen, z = camera.project(places)
+        still = np.flatnonzero(~seen)
+        screen, z = camera.project(places[still])
         column, row = np.clip(screen.astype(int), 0, PIXELS - 1).T
-        seen |= z <= depth[row, column] + 8 / PIXELS  # two pixels' slack in depth on a slope of 60 degrees
+        seen[still] = z <= depth[row, column] + 8 / PIXELS  # two pixels' slack in depth on a slope of 60 degrees
     return points[seen], 1 - float(seen.mean())

@@ -15,8 +15,8 @@ MAX_COST = 8.0  # xatlas' price of a chart; its default of 2 cuts smooth surface
 def unwrap(mesh: Mesh, size: int, padding: int) -> tuple[Int[np.ndarray, "n"], Float[np.ndarray, "n 2"], Int[np.ndarray, "f 3"]]:
     """Charts for a texture of size x size pixels, at least about `padding` pixels apart.
 
-    Returns, for each vertex of the cut mesh, the vertex of `mesh` that it came from and its place in the texture ([0, 1], origin at the lower
-    left), and the faces of the cut mesh in the order of `mesh.faces`.
+    Returns, for each vertex of the cut mesh, the vertex of `mesh` that it came from and its place in the texture ([0, 1], origin at the
+    lower left), and the faces of the cut mesh in the order of `mesh.faces`.
     """
     # xatlas drops faces that are small in absolute terms: give it the mesh at a size of its liking
     points = mesh.vertices.astype(np.float64)

@@ -1,0 +1,119 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import trimesh
+
+from backend.mesh import raster
+from backend.mesh.bake import bake, vertex_normals
+from backend.mesh.measure import psnr
+from backend.mesh.mesh import Mesh
+from backend.splats.model import SH_C0, Splats
+from backend.views.views import Views
+from protocol import recipes
+from tests.backend.mesh.scenes import capture, sphere, torus, union, waves
+
+TEXTURE = recipes.Texture(size=256)
+BALL = trimesh.creation.icosphere(4, 0.6)
+RING = trimesh.creation.torus(0.6, 0.22, 64, 32)
+
+
+def as_mesh(shape: trimesh.Trimesh) -> Mesh:
+    return Mesh(shape.vertices.astype(np.float32), shape.faces.astype(np.int32))
+
+
+def quality(mesh, views: Views) -> float:
+    scores = [psnr(raster.render(mesh, camera)[0], views.on_black()[i]) for i, camera in enumerate(views.cameras) if views.holdout[i]]
+    return float(np.mean(scores))
+
+
+@pytest.fixture(scope="module")
+def ring_views() -> Views:
+    return capture(torus(0.6, 0.22), waves)
+
+
+def test_a_known_colour_is_recovered_and_seen_from_new_cameras(ring_views):
+    assert quality(bake(as_mesh(RING), None, ring_views, TEXTURE), ring_views) > 32
+
+
+def test_texels_hold_the_colour_of_their_place(ring_views):
+    mesh = bake(as_mesh(RING), None, ring_views, TEXTURE)
+    middle = mesh.vertices[mesh.faces].mean(1)
+    uv = mesh.uv[mesh.faces].mean(1)
+    row, column = ((1 - uv[:, 1]) * 256).astype(int), (uv[:, 0] * 256).astype(int)
+    error = np.abs(mesh.base_color[row, column] / 255 - waves(middle))
+    assert np.median(error) < 0.02 and np.quantile(error, 0.99) < 0.15
+
+
+def test_what_stands_before_does_not_bleed_into_what_is_behind():
+    near = np.array([1.0, 0.0, 0.0])
+
+    def color(p):
+        return np.where((p[..., :1] > 0.45), near, np.array([0.0, 0.0, 1.0]))
+
+    views = capture(union(sphere(0.4), sphere(0.15, (0.7, 0, 0))), color, size=96)
+    mesh = bake(as_mesh(trimesh.creation.icosphere(4, 0.4)), None, views, TEXTURE)
+    place = mesh.vertices[mesh.faces].mean(1)
+    uv = mesh.uv[mesh.faces].mean(1)
+    texel = mesh.base_color[((1 - uv[:, 1]) * 256).astype(int), (uv[:, 0] * 256).astype(int)] / 255
+    facing = place[:, 0] > 0.2
+    # Behind the ball a few texels are seen along its very edge alone, where each pixel shows both
+    assert (texel[facing, 0] > 0.1).mean() < 0.01 and (texel[facing, 2] < 0.9).mean() < 0.01
+
+
+def test_no_background_creeps_in_at_silhouettes():
+    views = capture(sphere(0.6), lambda p: np.ones(p.shape))
+    dark = dataclasses.replace(views, images=np.where(views.alpha[..., None] > 0, views.images, 0).astype(np.float32))
+    assert bake(as_mesh(BALL), None, dark, TEXTURE).base_color.min() > 240
+
+
+def test_unseen_texels_take_the_splats_colour():
+    views = capture(sphere(0.6), lambda p: np.ones(p.shape))
+    above = dataclasses.replace(views, holdout=np.array([camera.centre[2] < 1.0 for camera in views.cameras]))
+    count = 2000
+    places = BALL.vertices[:count]
+    green = np.tile((np.array([0.1, 0.8, 0.1]) - 0.5) / SH_C0, (len(places), 1, 1))
+    splats = Splats(
+        places.astype(np.float32),
+        np.tile(np.array([1, 0, 0, 0], np.float32), (len(places), 1)),
+        np.full((len(places), 3), -3, np.float32),
+        np.full(len(places), 3, np.float32),
+        green.astype(np.float32),
+    )
+    mesh = bake(as_mesh(BALL), splats, above, TEXTURE)
+    low = mesh.vertices[mesh.faces].mean(1)[:, 2] < -0.57  # the lowest camera sees down to -0.54
+    uv = mesh.uv[mesh.faces].mean(1)[low]
+    texel = mesh.base_color[((1 - uv[:, 1]) * 256).astype(int), (uv[:, 0] * 256).astype(int)] / 255
+    assert np.abs(texel - [0.1, 0.8, 0.1]).max() < 0.03
+
+
+def test_charts_do_not_overlap_and_cover_a_fair_share(ring_views):
+    mesh = bake(as_mesh(RING), None, ring_views, TEXTURE)
+    assert mesh.uv.min() >= 0 and mesh.uv.max() <= 1
+    uv = mesh.uv[mesh.faces].astype(float)
+    side, other = uv[:, 1] - uv[:, 0], uv[:, 2] - uv[:, 0]
+    area = np.abs(side[:, 0] * other[:, 1] - side[:, 1] * other[:, 0]).sum() / 2
+    screen = mesh.uv.astype(np.float64) * 1024
+    covered = (raster.z_buffer(screen, np.ones(len(screen)), mesh.faces, 1024, 1024)[1] >= 0).mean()
+    assert covered == pytest.approx(area, rel=0.02)  # overlapping charts would cover less than the sum of their areas
+    assert covered > 0.35  # of a small texture, where padding costs most
+
+
+def test_the_cut_mesh_is_the_same_surface(ring_views):
+    mesh = bake(as_mesh(RING), None, ring_views, TEXTURE)
+    assert np.array_equal(mesh.vertices[mesh.faces], RING.vertices.astype(np.float32)[RING.faces])
+
+
+def test_normals_are_smooth_across_seams_and_point_outward(ring_views):
+    mesh = bake(as_mesh(RING), None, ring_views, TEXTURE)
+    _, place = np.unique(mesh.vertices, axis=0, return_inverse=True)
+    first = np.zeros(place.max() + 1, int)
+    first[place.ravel()] = np.arange(len(mesh.vertices))
+    assert np.allclose(mesh.normals, mesh.normals[first[place.ravel()]], atol=1e-6)
+    ball = vertex_normals(as_mesh(BALL))
+    assert ((ball * BALL.vertices / 0.6).sum(1) > 0.999).all()
+
+
+def test_it_repeats_exactly(ring_views):
+    first, second = (bake(as_mesh(RING), None, ring_views, TEXTURE) for _ in range(2))
+    assert np.array_equal(first.base_color, second.base_color) and np.array_equal(first.uv, second.uv)

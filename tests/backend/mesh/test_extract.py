@@ -1,0 +1,113 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import trimesh
+
+from backend.mesh.extract import extract
+from backend.progress import silent
+from protocol import recipes
+from protocol.errors import Cancelled, KilnError
+from tests.backend.mesh.scenes import box, capture, grey, minus, rod, sphere, torus, union
+
+SURFACE = recipes.Surface(grid=64, faces=6000)
+
+
+def surface_of(distance, p=SURFACE, **views) -> trimesh.Trimesh:
+    mesh = extract(None, capture(distance, grey, **views), p)
+    return trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
+
+
+def test_a_sphere_comes_back_closed_outward_and_within_a_fifth_of_a_cell():
+    found = surface_of(sphere(0.7))
+    assert found.is_watertight and found.is_winding_consistent
+    assert found.volume == pytest.approx(4 / 3 * np.pi * 0.7**3, rel=0.01)  # positive: faces look outward
+    cell = 1.4 / 64
+    assert np.abs(np.linalg.norm(found.vertices, axis=1) - 0.7).mean() < cell / 5
+
+
+def test_a_torus_keeps_its_hole_and_its_volume():
+    found = surface_of(torus(0.6, 0.22))
+    assert found.is_watertight and found.euler_number == 0
+    assert found.volume == pytest.approx(2 * np.pi**2 * 0.6 * 0.22**2, rel=0.02)
+    assert np.abs(torus(0.6, 0.22)(found.vertices)).max() < 1.4 / 64
+
+
+def test_the_face_budget_is_kept_and_the_shape_with_it():
+    found = surface_of(torus(0.6, 0.22), dataclasses.replace(SURFACE, faces=600))
+    assert len(found.faces) <= 600
+    assert found.is_watertight and found.euler_number == 0
+    assert found.volume == pytest.approx(2 * np.pi**2 * 0.6 * 0.22**2, rel=0.03)
+
+
+def test_smoothing_does_not_shrink():
+    rough = surface_of(sphere(0.5), dataclasses.replace(SURFACE, smoothing=0))
+    smooth = surface_of(sphere(0.5), dataclasses.replace(SURFACE, smoothing=100))
+    assert smooth.volume == pytest.approx(rough.volume, rel=0.005)
+
+
+def test_a_hidden_hollow_makes_no_second_wall():
+    found = surface_of(minus(box((0.5, 0.5, 0.5)), box((0.3, 0.3, 0.3))))
+    assert found.body_count == 1
+    assert found.volume == pytest.approx(1.0, rel=0.03)
+
+
+def test_a_part_thinner_than_a_cell_is_kept_from_end_to_end():
+    cell = 1.6 / 64
+    bar, foot = rod(0.2 * cell, 0.8), np.array([0.02, 0.013, 0])  # off the pixels' common border
+    found = surface_of(union(sphere(0.3, (0, 0, -0.5)), lambda p: bar(p - foot)), size=96)
+    assert found.is_watertight and found.body_count == 1
+    assert found.bounds[1, 2] > 0.8 - cell
+    above = found.vertices[found.vertices[:, 2] > 0]
+    assert np.linalg.norm((above - foot)[:, :2], axis=1).max() < 1.6 * cell  # and not much fatter than the grid makes it
+
+
+def test_a_thin_part_before_a_distant_surface_is_kept():
+    bar = rod(0.03, 0.7)
+    found = surface_of(union(box((0.1, 0.8, 0.8)), lambda p: bar(p - np.array([0.5, 0, 0]))), size=96)
+    assert found.body_count == 2
+    along = found.vertices[found.vertices[:, 0] > 0.35][:, 2]
+    assert along.min() < -0.65 and along.max() > 0.65
+
+
+def test_two_surfaces_at_a_step_are_not_joined_by_a_web():
+    found = surface_of(union(box((0.8, 0.8, 0.05)), sphere(0.25, (0, 0, 0.6))))
+    assert found.body_count == 2
+    between = (np.abs(found.vertices[:, 2] - 0.2) < 0.08).sum()
+    assert between == 0
+
+
+def test_a_speck_is_dropped_and_a_real_piece_is_not():
+    parts = union(sphere(0.4), sphere(0.2, (0.7, 0, 0)), sphere(0.03, (0, 0.8, 0)))
+    assert surface_of(parts, dataclasses.replace(SURFACE, smallest_piece=0.01)).body_count == 2
+    assert surface_of(parts, dataclasses.replace(SURFACE, smallest_piece=0.0)).body_count == 3
+
+
+def test_what_no_view_sees_is_closed():
+    views = capture(sphere(0.6), grey)
+    above = np.array([camera.centre[2] > 0 for camera in views.cameras])
+    mesh = extract(None, dataclasses.replace(views, holdout=~above), SURFACE)
+    assert trimesh.Trimesh(mesh.vertices, mesh.faces, process=False).is_watertight
+
+
+def test_held_out_views_are_not_used():
+    views = capture(sphere(0.6), grey)
+    spoiled = dataclasses.replace(views, depth=np.where(views.holdout[:, None, None], 1.0, views.depth).astype(np.float32))
+    assert np.array_equal(extract(None, views, SURFACE).vertices, extract(None, spoiled, SURFACE).vertices)
+
+
+def test_views_without_any_depth_are_refused_with_a_sentence():
+    views = capture(sphere(0.6), grey)
+    with pytest.raises(KilnError) as caught:
+        extract(None, dataclasses.replace(views, depth=np.zeros_like(views.depth)), SURFACE)
+    assert caught.value.code == "no-surface" and caught.value.hint
+
+
+def test_it_stops_when_its_progress_report_says_so():
+    def report(fraction, text="", preview=None):
+        if fraction > 0.3:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        extract(None, capture(sphere(0.6), grey, count=8, size=48), SURFACE, report)
+    assert silent(1.0) is None
