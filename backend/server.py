@@ -26,7 +26,6 @@ from typing import Any
 
 import zmq
 from zmq.utils import z85
-from zmq.utils.monitor import parse_monitor_message
 
 from backend.jobs import Jobs
 from backend.store import Store, Upload, check_hash
@@ -40,6 +39,7 @@ from protocol.messages import count, pack, take
 PORT = 7645  # for clients on other machines, which need to find it again after a restart; on this machine the system picks one
 IDLE_SECONDS = 10.0  # without a client and without work until a server that was started with until_idle ends
 PROBE_SECONDS = 5.0  # between looks whether a silent client is still connected
+HANDSHAKE_SECONDS = 5.0  # that a connection may take to prove its key
 STUCK_SECONDS = 60.0  # that a client may take nothing before it is forgotten
 TICK = 0.5  # seconds between looks at the clock
 RETRY = 0.02  # seconds between attempts to reach a client whose pipe is full
@@ -132,6 +132,7 @@ class Server:
         self._stop_requested = self._stop_when_idle = False
         self._sessions: dict[bytes, _Session] = {}
         self._numbers = 0  # of transfers
+        self._at_the_door: deque[float] = deque()  # when each connection came that has not proven its key yet
         self._refused, self._refusals_told, self._told_at = 0, 0, 0.0
         self._done: queue.SimpleQueue[tuple] = queue.SimpleQueue()
         self._wake_end, self._wake_start = socket.socketpair()
@@ -209,7 +210,7 @@ class Server:
             for session in list(self._sessions.values()):
                 self._serve_session(session)
             if self._monitor in ready:
-                self._count_refusals()
+                self._watch_the_door()
             now = time.monotonic()
             if now >= next_tick:
                 next_tick = now + TICK
@@ -223,6 +224,9 @@ class Server:
                 self._forget(session)
             elif now - max(session.heard, session.probed) > PROBE_SECONDS and session.stuck is None:
                 self._probe(session)
+        while self._at_the_door and now - self._at_the_door[0] > HANDSHAKE_SECONDS + 1:
+            self._at_the_door.popleft()
+            self._refused += 1
         if self._refused > self._refusals_told and now - self._told_at >= 1.0:
             new = self._refused - self._refusals_told
             log.warning("Refused %d connections without the right keys (%d in all).", new, self._refused)
@@ -285,7 +289,7 @@ class Server:
             zmq.SNDHWM: PIPE,
             zmq.RCVHWM: PIPE,
             zmq.MAXMSGSIZE: messages.FRAME_BYTES + 1024,  # longer frames end the connection before they are read; encryption adds 33 bytes
-            zmq.HANDSHAKE_IVL: 5000,
+            zmq.HANDSHAKE_IVL: int(1000 * HANDSHAKE_SECONDS),
             zmq.HEARTBEAT_IVL: 5000,
             zmq.HEARTBEAT_TIMEOUT: 15000,
             zmq.TCP_KEEPALIVE: 1,
@@ -298,7 +302,11 @@ class Server:
         router.setsockopt(zmq.CURVE_PUBLICKEY, self._keys.server_key.encode())
         router.setsockopt(zmq.CURVE_SECRETKEY, self._keys.server_secret.encode())
         self._monitor = router.get_monitor_socket(
-            zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+            zmq.EVENT_ACCEPTED
+            | zmq.EVENT_HANDSHAKE_SUCCEEDED
+            | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            | zmq.EVENT_HANDSHAKE_FAILED_AUTH
         )
         if not port and host not in LOOPBACK:
             port = PORT
@@ -338,11 +346,16 @@ class Server:
                 known = mechanism == b"CURVE" and len(credentials) == 1 and z85.encode(credentials[0]).decode() == self._keys.client_key
                 self._zap.send_multipart([version, request, b"200" if known else b"400", b"" if known else b"unknown key", b"client", b""])
 
-    def _count_refusals(self) -> None:
+    def _watch_the_door(self) -> None:
+        """Counts who was refused: ZeroMQ tells of some; others come and are never admitted."""
         with contextlib.suppress(zmq.Again):
             while True:
-                parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
-                self._refused += 1
+                event = int.from_bytes(self._monitor.recv_multipart(zmq.NOBLOCK)[0][:2], sys.byteorder)
+                if event == zmq.EVENT_ACCEPTED:
+                    self._at_the_door.append(time.monotonic())
+                elif self._at_the_door:
+                    self._at_the_door.pop()
+                    self._refused += event != zmq.EVENT_HANDSHAKE_SUCCEEDED
 
     # -- Out ----------------------------------------------------------------------------------------------------------------------
 

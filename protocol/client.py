@@ -13,6 +13,7 @@ import math
 import os
 import re
 import secrets
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import zmq
-from zmq.utils.monitor import parse_monitor_message
 
 from . import VERSION, messages
 from .connection import Connection
@@ -267,6 +267,7 @@ class Client:
         """
         path = Path(path)
         _check_hash(artifact)
+        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.{artifact[:16]}.part")
         for _ in range(2):
             digest = hashlib.sha256()
@@ -488,7 +489,7 @@ class Client:
                 raise _Lost(
                     f"The Kiln backend at {where.endpoint} does not answer.", "Is that machine on, and is its firewall open for this port?"
                 )
-            event = parse_monitor_message(self._monitor.recv_multipart())["event"]
+            event = int.from_bytes(self._monitor.recv_multipart()[0][:2], sys.byteorder)
             if event != zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 raise self._explain(event)
             self._heard, self._pinged = time.monotonic(), 0.0
