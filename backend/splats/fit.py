@@ -46,14 +46,14 @@ class Schedule:
         that axis by split_shrink. Kerbl: both drawn at random; divides by 1.6.
     """
 
-    mean_rate: float = 2e-3
+    mean_rate: float = 7e-4
     mean_decay: float = 0.02
-    quaternion_rate: float = 1e-2
-    log_scale_rate: float = 1.5e-2
-    opacity_rate: float = 5e-2
-    sh_rate: float = 2e-2
+    quaternion_rate: float = 2e-2
+    log_scale_rate: float = 3e-2
+    opacity_rate: float = 0.1
+    sh_rate: float = 4e-2
     sh_rest_share: float = 0.05
-    end_decay: float = 0.3
+    end_decay: float = 0.2
     start_share: float = 0.7
     growth_rounds: int = 4
     growth_end: float = 0.6

@@ -259,9 +259,12 @@ def turned_back(camera, a, b, c):
 
 
 @kernel
-def project(counter, count, parameters, stride, degree, camera, tiles_x, tiles_y, records, features, rectangles, areas, depths):
-    """Records, features and tile rectangles (x0, y0, x1, y1) of all Gaussians; `areas` counts the tiles, 0 for what no pixel sees."""
-    scratch = np.empty(16 * 14, np.float32)
+def project(counter, count, parameters, stride, degree, camera, tiles_x, tiles_y, records, features, slopes, rectangles, areas, depths):
+    """Records, features and tile rectangles (x0, y0, x1, y1) of all Gaussians; `areas` counts the tiles, 0 for what no pixel sees.
+
+    `slopes`: how a Gaussian's depth changes by x and y of the picture, in pixels: the mean of z given x and y.
+    """
+    scratch = np.empty(16 * 16, np.float32)
     values, dx, dy, dz = np.empty(256, np.float32), np.empty(256, np.float32), np.empty(256, np.float32), np.empty(256, np.float32)
     none = zeros()
     while True:
@@ -313,6 +316,9 @@ def project(counter, count, parameters, stride, degree, camera, tiles_x, tiles_y
             for channel in range(3):
                 store(scratch, 144 + 16 * channel, greatest(color_of(parameters, stride, g, degree, values, channel), F(0)))
             store(scratch, 192, pz)
+            cov_zx, cov_zy = n20 * t00 + n21 * t01 + n22 * t02, n20 * t10 + n21 * t11 + n22 * t12
+            store(scratch, 208, (cov_yy * cov_zx - cov_xy * cov_zy) * inverse_det)
+            store(scratch, 224, (cov_xx * cov_zy - cov_xy * cov_zx) * inverse_det)
             for i in range(min(16, count - g)):
                 record = (g + i) * RECORD
                 for k in range(7):
@@ -320,6 +326,7 @@ def project(counter, count, parameters, stride, degree, camera, tiles_x, tiles_y
                 for k in range(FEATURES):
                     features[(g + i) * FEATURES + k] = scratch[144 + 16 * k + i]
                 depths[g + i] = scratch[192 + i]
+                slopes[2 * (g + i)], slopes[2 * (g + i) + 1] = scratch[208 + i], scratch[224 + i]
                 u, v, ru, rv = scratch[i], scratch[16 + i], scratch[112 + i], scratch[128 + i]
                 areas[g + i] = 0
                 # Comparisons fail for what is not a number, so that nothing undefined is ever rounded to a tile.
@@ -447,10 +454,11 @@ def fill_tiles(counter, visible, order, rectangles, slots, tiles_x, masks, count
 
 
 @kernel
-def compose(counter, tile_order, starts, longest, entries, records, features, tiles_x, width, height, stride, crossing, planes, crossed, reached):
+def compose(counter, tile_order, starts, longest, entries, records, features, tiles_x, width, height, stride, crossing, slopes,
+    planes, crossed, reached):
     """Front-to-back compositing into `planes` (four features, alpha), each `stride` x rows. `reached` gets each entry's blocks that it changed.
 
-    With a `crossing` (not None), `crossed` gets the last feature (depth) of the Gaussian at which transmittance falls to it.
+    With a `crossing` (not None), `crossed` gets the depth, on the ray, of the Gaussian at which transmittance falls to it.
     """
     area = planes.shape[0] // PLANES
     lists = np.empty((16, longest), np.int32)
@@ -493,7 +501,8 @@ def compose(counter, tile_order, starts, longest, entries, records, features, ti
                 weight = where(going, weight, none)
                 if crossing is not None:
                     here = (transmittance > crossing) & (left <= crossing)
-                    median = where(here & going, spread(at(features, feature + 3)), median)
+                    depth = at(features, feature + 3) + at(slopes, 2 * g) * dx + at(slopes, 2 * g + 1) * dy
+                    median = where(here & going, depth, median)
                 transmittance = where(going, left, none)
                 f0 = f0 + weight * at(features, feature)
                 f1 = f1 + weight * at(features, feature + 1)
@@ -785,12 +794,13 @@ class Rasteriser:
         self.camera = camera_numbers(camera)
         self.records = self.buffer("records", count * RECORD)
         self.features = self.buffer("features", count * FEATURES)
+        self.slopes = self.buffer("slopes", count * 2)
         rectangles = self.buffer("rectangles", count * 4, np.int32)
         self.areas = self.buffer("areas", count, np.int32)
         depths = self.buffer("depths", count)
         run(
             self.threads, project, count, self.parameters, self.stride, self.degree, self.camera, self.tiles_x, self.tiles_y,
-            self.records, self.features, rectangles, self.areas, depths,
+            self.records, self.features, self.slopes, rectangles, self.areas, depths,
         )  # fmt: skip
         order, other = self.buffer("order", count, np.int32), self.buffer("other", count, np.int32)
         self.slots = self.buffer("slots", count, np.int64)
@@ -811,14 +821,15 @@ class Rasteriser:
     def compose(self, crossing: float | None = None, features: np.ndarray | None = None) -> Float[np.ndarray, "5 rows columns"]:
         """Four feature planes (red, green, blue, depth, or `features`, N x 4) and alpha, padded to whole tiles, on black.
 
-        With `crossing`, `self.crossed` becomes the depth of the Gaussian at which transmittance falls to it (0 where it does not).
+        With `crossing`, `self.crossed` becomes the depth at which transmittance falls to it (0 where it does not).
         """
         self.planes = self.buffer("planes", PLANES * self.area)
         self.composed = self.features if features is None else features.reshape(-1)
         self.crossed = self.buffer("crossed", self.area if crossing is not None else 1)
         run(
             self.threads, compose, self.tile_order, self.starts, self.longest, self.entries, self.records, self.composed, self.tiles_x,
-            self.width, self.height, self.row, None if crossing is None else F(crossing), self.planes, self.crossed, self.reached,
+            self.width, self.height, self.row, None if crossing is None else F(crossing), self.slopes, self.planes, self.crossed,
+            self.reached,
         )  # fmt: skip
         return self.planes.reshape(PLANES, -1, self.row)
 

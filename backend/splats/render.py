@@ -18,9 +18,10 @@ MEDIAN = 0.5  # transmittance at which a ray has met the surface
 
 @dataclass(frozen=True)
 class Rendering:
-    """color: sRGB, composed on the background. alpha: opacity. depth: of the Gaussian at which transmittance falls to one half, along the
-    camera's axis in the splats' units; 0 where it never does. (The median stays on one surface at a silhouette, where a mean would lie
-    between two; Huang et al. 2024, 2DGS, section 5.)"""
+    """color: sRGB, composed on the background. alpha: opacity. depth: where transmittance falls to one half, along the camera's axis in the
+    splats' units; 0 where it never does. It is taken on the Gaussian that brings the fall, where the pixel's ray meets its plane, not at
+    its centre (Zhang et al. 2024, RaDe-GS, section 4). The median stays on one surface at a silhouette, where a mean would lie between two
+    (Huang et al. 2024, 2DGS, section 5)."""
 
     color: Float[np.ndarray, "h w 3"]  # float32
     alpha: Float[np.ndarray, "h w"]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float
-from scipy.ndimage import binary_dilation, binary_erosion
+from scipy.ndimage import binary_dilation, binary_erosion, gaussian_filter
 from scipy.spatial import cKDTree
 
 from backend.views.views import Views
@@ -56,7 +55,8 @@ def in_hull(views: Views, count: int, sh_degree: int, random: np.random.Generato
         hit, visible = _look_up(solid, camera, centres)
         inside += hit & visible
         seen += visible
-    hull = ((inside >= VOTES * seen) & (seen > 0)).reshape((HULL_GRID,) * 3)
+    # What few views show is no part of a subject that they were taken of: in the corners, one ray would be enough to be inside.
+    hull = ((inside >= VOTES * seen) & (seen >= 0.5 * len(views))).reshape((HULL_GRID,) * 3)
     if not hull.any():
         raise KilnError(
             "bad-input", "The silhouettes of the views do not fit together: they enclose nothing.",
@@ -65,9 +65,8 @@ def in_hull(views: Views, count: int, sh_degree: int, random: np.random.Generato
     shell = (hull & ~binary_erosion(hull, iterations=2)).reshape(-1)
     candidates = centres[shell]
     # As many points as asked for: several to a cell, or a random choice of cells.
-    chosen = candidates[random.permutation(len(candidates))[np.arange(count) % len(candidates)]] if count < len(candidates) else np.concatenate(
-        [candidates, candidates[random.integers(0, len(candidates), count - len(candidates))]]
-    )
+    rounds = [random.permutation(candidates) for _ in range(-(-count // len(candidates)))]
+    chosen = np.concatenate(rounds)[:count]
     points = chosen + random.uniform(-1, 1, chosen.shape) / HULL_GRID
     outward = _outward(hull, points)
     spacing = _spacing(points)
@@ -85,8 +84,6 @@ def _look_up(picture, camera, points):
 
 def _outward(hull, points):
     """Unit vectors out of the hull at points near its surface: downhill in how full the neighbourhood is."""
-    from scipy.ndimage import gaussian_filter
-
     full = gaussian_filter(hull.astype(np.float32), 2)
     cells = np.clip(((points + 1) / 2 * HULL_GRID).astype(int), 1, HULL_GRID - 2)
     slope = np.stack([full[tuple((cells + step).T)] - full[tuple((cells - step).T)] for step in np.eye(3, dtype=int)], 1)

@@ -1,0 +1,174 @@
+"""Fits reach what they promise on views that they have not seen, and say what is wrong with views that cannot be fitted."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import sphere
+
+from backend.splats import gpu
+from backend.splats.fit import SCHEDULE, fit, growth_steps, pruned_and_grown
+from backend.splats.raster_cpu import OPACITY, pack
+from backend.splats.render import render
+from backend.splats.start import in_hull, on_surface
+from protocol import recipes
+from protocol.errors import Cancelled, KilnError
+
+QUICK = recipes.Fit(splats=1500, iterations=300, device="cpu")
+
+
+def psnr(splats, views) -> float:
+    """Mean over the held-out views, on black."""
+    held, found = views.for_scoring, []
+    for camera, image, alpha in zip(held.cameras, held.images, held.alpha, strict=True):
+        error = render(splats, camera).color - image * alpha[..., None]
+        found.append(-10 * np.log10((error**2).mean()))
+    return float(np.mean(found))
+
+
+@pytest.fixture(scope="module")
+def views():
+    return sphere.views()
+
+
+@pytest.fixture(scope="module")
+def fitted(views):
+    return fit(views, QUICK, seed=1)
+
+
+def test_held_out_views_look_right(views, fitted):
+    start = in_hull(views.for_fitting, QUICK.splats, 0, np.random.default_rng(1))
+    assert psnr(start, views) < 22
+    assert psnr(fitted, views) > 31
+    assert len(fitted) <= QUICK.splats
+
+
+def test_with_depth_the_surface_is_right_too():
+    views = sphere.views(geometry=True)
+    splats = fit(views, dataclasses.replace(QUICK, iterations=200), seed=1)
+    assert psnr(splats, views) > 31
+    for camera, truth in zip(views.for_scoring.cameras, views.for_scoring.depth, strict=True):
+        seen = render(splats, camera).depth
+        both = (seen > 0) & (truth > 0)
+        assert both.sum() > 0.95 * (truth > 0).sum()
+        assert np.abs(seen - truth)[both].mean() < 0.01 * sphere.RADIUS
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(views, fitted):
+    again, other = fit(views, QUICK, seed=1), fit(views, QUICK, seed=2)
+    for field in dataclasses.fields(fitted):
+        assert np.array_equal(getattr(fitted, field.name), getattr(again, field.name))
+    assert len(other) != len(fitted) or not np.array_equal(other.means, fitted.means)
+
+
+def test_held_out_views_are_not_looked_at(views, fitted):
+    spoilt = dataclasses.replace(views, images=views.images.copy(), alpha=views.alpha.copy())
+    spoilt.images[views.holdout], spoilt.alpha[views.holdout] = 0.123, 1
+    assert np.array_equal(fit(spoilt, QUICK, seed=1).means, fitted.means)
+
+
+def test_colour_that_changes_with_the_view_needs_harmonics(views):
+    """Each view tinted by the direction that it looks from: degree 1 explains it and degree 0 cannot."""
+    eyes = np.stack([camera.centre / np.linalg.norm(camera.centre) for camera in views.cameras])
+    tinted = dataclasses.replace(views, images=np.clip(0.5 * views.images + 0.25 + 0.2 * eyes[:, None, None], 0, 1).astype(np.float32))
+    plain, harmonic = (psnr(fit(tinted, dataclasses.replace(QUICK, sh_degree=degree), seed=0), tinted) for degree in (0, 1))
+    assert harmonic > plain + 2
+
+
+def test_hull_points_lie_inside_every_silhouette(views):
+    start = in_hull(views.for_fitting, 2000, 0, np.random.default_rng(0))
+    assert len(start) == 2000
+    cell = 2 / 96
+    distance = np.linalg.norm(start.means, axis=1)
+    assert np.quantile(distance, 0.99) < sphere.RADIUS + 4 * cell and distance.max() < sphere.RADIUS + 8 * cell
+    assert distance.min() > sphere.RADIUS - 5 * cell  # a shell, not a ball
+    for camera, alpha in zip(views.for_fitting.cameras, views.for_fitting.alpha, strict=True):
+        pixels = np.floor(camera.project(start.means.astype(float))[0]).astype(int)
+        grown = np.pad(alpha > 0, 3)
+        near = np.any([np.roll(grown, (i, j), (0, 1)) for i in range(-3, 4) for j in range(-3, 4)], 0)
+        assert near[pixels[:, 1] + 3, pixels[:, 0] + 3].mean() > 0.97
+
+
+def test_points_of_depth_lie_flat_on_the_surface():
+    views = sphere.views(geometry=True).for_fitting
+    start = on_surface(views, 1000, 0, np.random.default_rng(0))
+    assert 500 < len(start) <= 1000
+    outward = start.means / np.linalg.norm(start.means, axis=1, keepdims=True)
+    assert np.abs(np.linalg.norm(start.means, axis=1) - sphere.RADIUS).max() < 0.02
+    w, x, y, z = start.quaternions.T
+    thin = np.stack([2 * (x * z + w * y), 2 * (y * z - w * x), 1 - 2 * (x * x + y * y)], 1)  # the rotated z axis
+    assert np.median(np.abs((thin * outward).sum(1))) > 0.99
+    assert (start.log_scales.argmin(1) == 2).all()
+    expected = sphere.color(outward)
+    assert np.abs(0.5 + 0.28209479 * start.sh[:, 0] - expected).mean() < 0.06
+
+
+def test_growth_removes_what_is_useless_and_splits_what_is_pulled_hardest():
+    random = np.random.default_rng(0)
+    from reference import cloud
+
+    matrix = pack(cloud(100, 0, 0))[:, :100]
+    matrix[OPACITY] = 1
+    matrix[OPACITY, :10] = -9  # transparent
+    seen = np.full(100, 5.0)
+    seen[10:15] = 0
+    pull = random.random(100)
+    pull[50] = 99
+    grown, kept = pruned_and_grown(matrix, pull, seen, 90, SCHEDULE)
+    assert grown.shape[1] == 90 == len(kept)  # 85 left, 5 split in two
+    assert not set(range(15)) & set(kept.tolist())
+    assert 50 not in kept
+    halves = grown[:, kept < 0]
+    middle = (halves[:3, :5] + halves[:3, 5:]) / 2
+    assert np.abs(middle - matrix[:3, 50:51]).sum(0).min() < 1e-5
+    assert growth_steps(1000, SCHEDULE)[-1] < 1000
+
+
+def test_a_fit_reports_and_can_be_stopped(views):
+    heard = []
+
+    def listen(fraction, text="", preview=None):
+        heard.append((fraction, preview))
+
+    fit(views, dataclasses.replace(QUICK, iterations=1500), 0, listen)
+    fractions = [fraction for fraction, _ in heard]
+    assert fractions == sorted(fractions) and len(fractions) > 3 and fractions[-1] <= 1
+    pictures = [picture for _, picture in heard if picture is not None]
+    assert pictures and pictures[0].shape == (64, 64, 3) and pictures[0].dtype == np.float32
+    assert 0 <= pictures[0].min() and pictures[0].max() <= 1 and np.ptp(pictures[0]) > 0.2
+
+    def stop(fraction, text="", preview=None):
+        if fraction > 0.05:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        fit(views, dataclasses.replace(QUICK, iterations=100_000), 0, stop)
+
+
+def broken(views, **changes):
+    return dataclasses.replace(views, **changes)
+
+
+@pytest.mark.parametrize(
+    "spoil, says",
+    [
+        (lambda v: broken(v, alpha=np.zeros_like(v.alpha)), "solid"),
+        (lambda v: broken(v, images=np.full_like(v.images, np.nan)), "images"),
+        (lambda v: broken(v, holdout=np.arange(len(v)) > 0), "too few"),
+        (lambda v: broken(v, alpha=np.stack([np.roll(a, 24 * (i % 3 - 1), i % 2) for i, a in enumerate(v.alpha)])), "enclose nothing"),
+        (lambda v: broken(v, depth=np.zeros_like(v.alpha), normals=np.zeros_like(v.images)), "depth"),
+    ],
+    ids=["empty", "not numbers", "one view", "views that disagree", "no depth"],
+)
+def test_views_that_cannot_be_fitted_are_refused_in_a_sentence(views, spoil, says):
+    with pytest.raises(KilnError, match=says) as refused:
+        fit(spoil(views), QUICK, seed=0)
+    assert refused.value.code == "bad-input" and refused.value.hint
+
+
+def test_asking_for_a_gpu_that_is_not_there_is_refused(views):
+    if not gpu.why_not():
+        pytest.skip("this machine has a GPU that gsplat runs on")
+    with pytest.raises(KilnError) as refused:
+        fit(views, dataclasses.replace(QUICK, device="cuda"), seed=0)
+    assert refused.value.code == "no-device" and gpu.why_not() in refused.value.message
