@@ -88,6 +88,7 @@ class _Session:
         self.behind: dict[str, int] = {}  # jobs of which there is news in the store: the newest number known
         self.replay: deque[dict[str, Any]] = deque()  # events read from the store
         self.reading = False
+        self.read_at = 0.0
         self.uploads: dict[int, _Upload] = {}
         self.downloads: dict[int, _Download] = {}
 
@@ -437,7 +438,7 @@ class Server:
                     return
                 session.numbers[event["job"]] = event["number"]
                 session.replay.popleft()
-            if session.behind and not session.reading:
+            if session.behind and not session.reading and time.monotonic() >= session.read_at:
                 self._read_behind(session)
             for number, download in list(session.downloads.items()):
                 if download.credit and not self._send_chunk(session, number, download):
@@ -515,8 +516,10 @@ class Server:
                 session.behind.pop(job, None)
             elif session.numbers.get(job, 0) == after:  # else it subscribed anew meanwhile: read again
                 session.replay.extend(events)
-                if (events[-1]["number"] if events else after) >= newest:  # else more was stored since: read again
+                if (events[-1]["number"] if events else after) >= newest:
                     session.behind.pop(job, None)
+                elif not events:  # stored meanwhile, or not yet (a full disk): read again
+                    session.read_at = time.monotonic() + RETRY
 
         session.reading = True
         self._later(self._pool, lambda: self.jobs.events(job, after), replay)
