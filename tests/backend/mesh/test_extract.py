@@ -6,6 +6,7 @@ import trimesh
 
 from backend.mesh.extract import extract
 from backend.progress import silent
+from backend.splats.model import Splats
 from protocol import recipes
 from protocol.errors import Cancelled, KilnError
 from tests.backend.mesh.scenes import box, capture, grey, minus, rod, sphere, torus, union
@@ -111,3 +112,33 @@ def test_it_stops_when_its_progress_report_says_so():
     with pytest.raises(Cancelled):
         extract(None, capture(sphere(0.6), grey, count=8, size=48), SURFACE, report)
     assert silent(1.0) is None
+
+
+def shell_of_splats(radius: float, count: int = 6000) -> Splats:
+    k = np.arange(count) + 0.5
+    height, turn = 1 - 2 * k / count, np.pi * (1 + 5**0.5) * k
+    ring = np.sqrt(1 - height**2)
+    places = radius * np.stack([ring * np.cos(turn), ring * np.sin(turn), height], 1)
+    return Splats(
+        places.astype(np.float32),
+        np.tile(np.array([1, 0, 0, 0], np.float32), (count, 1)),
+        np.full((count, 3), np.log(1.5 * radius / np.sqrt(count)), np.float32),
+        np.full(count, 2.0, np.float32),
+        np.zeros((count, 1, 3), np.float32),
+    )
+
+
+def test_without_depth_splats_give_one_closed_wall():
+    views = dataclasses.replace(capture(sphere(0.6), grey), depth=None, normals=None)
+    mesh = extract(shell_of_splats(0.6), views, SURFACE)
+    found = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
+    assert found.is_watertight and found.body_count == 1  # a shell of splats has an inner side, the surface has none
+    assert np.abs(np.linalg.norm(found.vertices, axis=1) - 0.6).mean() < 0.02
+
+
+def test_without_depth_and_without_splats_there_is_a_sentence():
+    views = dataclasses.replace(capture(sphere(0.6), grey), depth=None, normals=None)
+    nothing = Splats(*(np.zeros((0, *shape), np.float32) for shape in ((3,), (4,), (3,), (), (1, 3))))
+    with pytest.raises(KilnError) as caught:
+        extract(nothing, views, SURFACE)
+    assert caught.value.code == "no-surface"
