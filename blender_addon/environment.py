@@ -285,12 +285,12 @@ def create(
 def _create(target, python, locks, wheel, torch, bundle, report, log, started) -> None:
     wanted = fingerprint(locks, wheel)
     names = [line for lock in locks for line in requirements(lock)]
-    base, version = _base_python(python, PYTHONS if wheel else ())
     if any(line.startswith("torch==") for line in names):
         torch = torch or torch_build()
         _check_room(target, torch.gigabytes)
-    run = _Commands(report, log)
     with _wheels_of(bundle) as folder:
+        base, version = _base_python(python, _pythons_of(folder) or PYTHONS if wheel else ())
+        run = _Commands(report, log, version)
         before = about(target)
         in_place = before and before["fingerprint"] != wanted and before["python"].split(".")[:2] == version.split(".")[:2]
         if not in_place:
@@ -442,6 +442,12 @@ def _wheels_of(bundle: Path | None) -> Iterator[Path | None]:
         yield Path(folder)
 
 
+def _pythons_of(folder: Path | None) -> list[tuple[int, int]]:
+    """The Python versions that a bundle was made for: those that its compiled wheels are for."""
+    found = (re.search(r"-cp3(\d+)-cp3\1-", path.name) for path in folder.glob("*.whl")) if folder else ()
+    return sorted({(3, int(one[1])) for one in found if one})
+
+
 def _clean_environment() -> dict[str, str]:
     """This process's environment without what would lead a fresh Python into Blender's or the user's own packages."""
     unwanted = (
@@ -461,8 +467,8 @@ def _clean_environment() -> dict[str, str]:
 class _Commands:
     """Runs pip and its like: their output goes to the log, progress to the report, and failures become sentences."""
 
-    def __init__(self, report: Report, log):
-        self.report, self.log = report, log
+    def __init__(self, report: Report, log, version: str):
+        self.report, self.log, self.version = report, log, version
 
     def __call__(self, text: str, command: list[str], begin: float, end: float, expected: int = 0, certificates: bool = False) -> None:
         self.log.write("$ " + " ".join(command) + "\n")
@@ -483,7 +489,7 @@ class _Commands:
                 if process.poll() is None:
                     _end(process)
         if process.returncode:
-            raise _failure(said, process.returncode, Path(self.log.name))
+            raise _failure(said, process.returncode, Path(self.log.name), self.version)
 
     def _follow(self, process, text: str, begin: float, end: float, expected: int) -> list[str]:
         """Reports until the process ends; returns what it said last. Fetching is three quarters of the way, unpacking the rest."""
@@ -542,7 +548,7 @@ def _system_certificates() -> Iterator[str | None]:
         yield str(path)
 
 
-def _failure(said: list[str], code: int, log: Path) -> SetupError:
+def _failure(said: list[str], code: int, log: Path, version: str) -> SetupError:
     """What pip's last words mean for a person."""
     words = "\n".join(said)
     told = next(
@@ -571,8 +577,6 @@ def _failure(said: list[str], code: int, log: Path) -> SetupError:
     ):
         return SetupError("The package index cannot be reached.", f"Check the network and try again, or use an offline bundle. {log_at}")
     if missing := re.search(r"No matching distribution found for (\S+)", words):
-        here = f"Python {sys.version_info[0]}.{sys.version_info[1]} on {platform.system()} {platform.machine()}"
-        return SetupError(
-            f"pip found no ready-made {missing[1]}.", f"Look at pip's index settings, and at the Python used (this one: {here}). {log_at}"
-        )
+        here = f"Python {version} on {platform.system()} {platform.machine()}"
+        return SetupError(f"pip found no ready-made {missing[1]} for {here}.", f"Look at pip's index settings. {log_at}")
     return SetupError(f"pip failed: {told.rstrip('.')}.", log_at)

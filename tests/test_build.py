@@ -158,6 +158,11 @@ def test_what_cannot_be_set_up_is_said_with_what_to_do(tmp_path):
     with pytest.raises(environment.SetupError, match="not an offline bundle"):
         environment.create(tmp_path / "environment", PYTHON, [lock], bundle=tmp_path / "text.zip")
 
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle" / "beta-1.0-cp39-cp39-win_amd64.whl").touch()
+    with pytest.raises(environment.SetupError, match=r"needs Python 3\.9|needs 3\.9"):  # the Python that the bundle was made for
+        environment.create(tmp_path / "environment", PYTHON, [lock], small_wheel(tmp_path, "program", "0.1"), bundle=tmp_path / "bundle")
+
     with pytest.raises(environment.SetupError, match="no backend"):
         environment.create(tmp_path / "environment")  # a checkout is no packaged extension
 
