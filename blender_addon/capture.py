@@ -308,10 +308,11 @@ def _extremes(points: np.ndarray) -> np.ndarray:
     """Indices of the points that reach farthest in each of some hundred directions, the axes among them."""
     if len(points) <= len(AXES_AND_MORE):
         return np.arange(len(points))
-    best = np.full(len(AXES_AND_MORE), -np.inf)
+    best = np.full(len(AXES_AND_MORE), -np.inf, np.float32)
     which = np.zeros(len(AXES_AND_MORE), np.int64)
+    middle, axes = points.mean(0), AXES_AND_MORE.T.astype(np.float32)
     for start in range(0, len(points), 1 << 16):
-        reach = points[start : start + (1 << 16)] @ AXES_AND_MORE.T
+        reach = (points[start : start + (1 << 16)] - middle).astype(np.float32) @ axes
         local = reach.argmax(0)
         value = np.take_along_axis(reach, local[None], 0)[0]
         better = value > best
@@ -493,6 +494,7 @@ def _cycles(scene: bpy.types.Scene, samples: int, bounces: bool, filter_width: f
     cycles.use_denoising = bounces
     if not bounces:
         cycles.max_bounces = 0
+        cycles.use_light_tree = False  # every face that shows its colour counts as a lamp: building the tree of them takes seconds
 
 
 @contextmanager
