@@ -78,7 +78,7 @@ def _flag(default, help, advanced=False):
 class Capture:
     """How the extension renders the subject. The backend records it and does not use it."""
 
-    views: int = _number(24, 4, 200, "Cameras around the subject, on three rings and the poles.")
+    views: int = _number(24, 4, 200, "Cameras around the subject, on rings and at the poles.")
     size: int = _number(512, 64, 4096, "Width and height of each view.", "px")
     color: str = _choice(
         "base_color",
