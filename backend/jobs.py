@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import queue
 import secrets
@@ -20,7 +21,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -49,6 +49,9 @@ _WIRE = (
 )  # fmt: skip
 
 
+log = logging.getLogger("kiln")
+
+
 class Jobs:
     """`listener(event)` is called for every stored event, in order, from this object's own thread. `workers`: processes at most."""
 
@@ -67,10 +70,12 @@ class Jobs:
         self._requests: dict[str, str] = {}
         self._numbers: dict[str, int] = {}  # of each job's last event
         self._outbox: deque[dict[str, Any]] = deque()
+        self._unsaved: deque[dict[str, Any]] = deque()  # events that the full disk did not take yet
         self._inbox: queue.SimpleQueue[tuple] = queue.SimpleQueue()
         self._slots = [_Slot(number) for number in range(workers)]
         self._device: dict[str, Any] = {"kind": "unknown", "name": "the worker is starting"}
         self._closing = False
+        self._complained = ""
         self._thread: threading.Thread | None = None
         self._recover()
 
@@ -233,19 +238,39 @@ class Jobs:
         self, job: dict[str, Any], kind: str, fields: dict[str, Any] | None = None, artifacts: tuple[str, ...] = (), durable: bool = False,
         **changes: Any,
     ) -> None:  # fmt: skip
-        """Stores an event, and with it the changes that it tells of; either both are on disk afterwards or this raises and neither is."""
+        """Stores an event, and with it the changes that it tells of; either both are on disk afterwards or this raises and neither is.
+
+        But on a disk without a byte left a job still fails or is cancelled for all to see; that is written when there is room, and if the
+        backend ends before, the job resumes.
+        """
         with self._lock:
             event = {"job": job["id"], "number": self._numbers[job["id"]] + 1, "time": time.time(), "kind": kind, **(fields or {})}
             changed = {**job, **changes}
-            with self.store.transaction(durable):
-                if kind not in KEPT:  # progress alone is not worth a row: a job that resumes starts it anew
-                    self.store.save_job(changed)
-                self.store.add_event(event, artifacts)
+            try:
+                self._write_unsaved()
+                with self.store.transaction(durable):
+                    if kind not in KEPT:  # progress alone is not worth a row: a job that resumes starts it anew
+                        self.store.save_job(changed)
+                    self.store.add_event(event, artifacts)
+            except KilnError as error:
+                if error.code != "no-space" or kind not in ("failed", "cancelled"):
+                    raise
+                self._unsaved.append(event)
             job.update(changes)
             self._numbers[job["id"]] += 1
             self._outbox.append(event)
             if kind in KEPT and event["number"] % (KEPT[kind] // 4) == 0:
                 self.store.thin_events(job["id"], kind, KEPT[kind])
+
+    def _write_unsaved(self) -> None:
+        with self._lock:
+            while self._unsaved:
+                event = self._unsaved[0]
+                if event["job"] in self._jobs:
+                    with self.store.transaction(durable=True):
+                        self.store.save_job(self._jobs[event["job"]])
+                        self.store.add_event(event)
+                self._unsaved.popleft()
 
     def _forget_progress(self) -> None:
         """An hour after a job's end nobody replays its progress."""
@@ -276,27 +301,36 @@ class Jobs:
             for slot in self._slots:
                 try:
                     self._tend(slot, passed)
-                except Exception:  # a full disk or a defect: said in the log, tried again at the next turn; no job is lost
-                    traceback.print_exc()
+                except Exception as error:  # said in the log, tried again at the next turn; no job is lost
+                    self._complain(error)
                     time.sleep(0.2)
             self._deliver()
-            if now >= next_housekeeping:
-                next_housekeeping = now + 600
-                try:
+            try:
+                self._write_unsaved()
+                if now >= next_housekeeping:
+                    next_housekeeping = now + 600
                     self._forget_progress()
-                except Exception:
-                    traceback.print_exc()
+            except Exception as error:
+                self._complain(error)
         for slot in self._slots:
             slot.end()
         self._deliver()
+
+    def _complain(self, error: Exception) -> None:
+        # Through `logging`, which never raises: standard error may lie on the disk that is full.
+        if not isinstance(error, KilnError):
+            log.error("The scheduler: %s", error, exc_info=error)
+        elif error.message != self._complained:
+            log.error("The scheduler: %s", error.message)
+            self._complained = error.message
 
     def _deliver(self) -> None:
         while self._outbox:
             event = self._outbox.popleft()
             try:
                 self._listener(event)
-            except Exception:
-                traceback.print_exc()
+            except Exception as error:
+                self._complain(error)
 
     def _handle(self, item: tuple) -> None:
         if item[0] == "cancel":
@@ -326,7 +360,7 @@ class Jobs:
                 slot.free()
             elif slot.silence > self._silence_seconds * (1 if slot.warm else STARTING):
                 self._died(slot, f"gave no sign of life for {slot.silence:.0f} s")
-        if slot.process is None and slot.job is not None:  # the disk was full when it ended
+        if slot.process is None and slot.job is not None:  # its end could not be written down
             self._settle(slot)
         if slot.job is None:
             with self._lock:
@@ -344,7 +378,11 @@ class Jobs:
                             self._fail(job, disk.no_space(self.store.root) if disk.is_full(error) else failure)
                         return
                 if job is not None:
-                    self._run(slot, job)
+                    try:
+                        self._run(slot, job)
+                    except KilnError as error:  # the disk is full: it waits, and says what for
+                        job["text"] = error.message
+                        raise
 
     def _run(self, slot: _Slot, job: dict[str, Any]) -> None:
         folder = self.store.runs / f"{job['id']}-{secrets.token_hex(4)}"
@@ -445,7 +483,12 @@ class Jobs:
             self._record(job, "cancelled", durable=True, state="cancelled", finished=time.time(), text="")
         elif deaths < MOST_ATTEMPTS:
             text = f"The worker {slot.death}; the job goes on from its last finished stage."
-            self._record(job, "queued", {"text": text}, state="queued", deaths=deaths, stage="", fraction=0.0, text=text)
+            try:
+                self._record(job, "queued", {"text": text}, state="queued", deaths=deaths, stage="", fraction=0.0, text=text)
+            except KilnError as error:
+                if error.code != "no-space":
+                    raise
+                self._fail(job, error)
         else:
             where = f" in {job['stage']!r}" if job["stage"] else ""
             message = f"The worker {slot.death}{where}, and so did {deaths - 1} attempts before."
@@ -500,8 +543,8 @@ class _Slot:
             try:
                 while (message := read_frame(process.stdout)) is not None:
                     inbox.put(("worker", self.number, process, message))
-            except (OSError, ValueError):
-                traceback.print_exc()
+            except (OSError, ValueError) as error:
+                log.error("What the worker said cannot be read: %s", error)
             inbox.put(("worker", self.number, process, None))
 
         commands = self.commands = queue.SimpleQueue()

@@ -8,6 +8,7 @@ names), `failed` (error), `cancelled`. The process ends by itself when its stand
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import hashlib
 import importlib
@@ -115,7 +116,8 @@ def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
 
         for handle in (commands, replies):
             msvcrt.setmode(handle, os.O_BINARY)
-    faulthandler.enable(sys.stderr)
+    sys.stdout = sys.stderr = io.TextIOWrapper(_Log(), errors="backslashreplace", write_through=True)
+    faulthandler.enable(2)
     return os.fdopen(commands, "rb"), os.fdopen(replies, "wb")
 
 
@@ -260,6 +262,18 @@ def lay_out(inputs: dict[str, list[str]], folder: Path, progress: Callable[..., 
 
 def damaged(name: str) -> KilnError:
     return KilnError("damaged-input", f"The stored input {name} is damaged.", "Submit the job again: the file is then sent anew.")
+
+
+class _Log(io.RawIOBase):
+    """The log file. A disk that is full takes no more of it, which is no reason for a step that prints to fail."""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        with contextlib.suppress(OSError):
+            os.write(2, content)
+        return len(content)
 
 
 class _Reports:

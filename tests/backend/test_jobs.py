@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -25,7 +26,7 @@ class Backend:
     """Store and jobs without a socket, and what the listener heard."""
 
     def __init__(self, root, **options):
-        self.marks = root / "marks"
+        self.marks = Path(os.environ["KILN_TEST_MARKS"])
         self.store = Store(root / "store", quota=options.pop("quota", None))
         self.heard = []
         self.jobs = Jobs(self.store, self.heard.append, **options)
@@ -74,7 +75,7 @@ def begin(tmp_path, monkeypatch):
     opened = []
 
     def begin(started=True, **options):
-        backend = Backend(tmp_path, **options)
+        backend = Backend(options.pop("root", tmp_path), **options)
         opened.append(backend)
         if started:
             backend.jobs.start()
@@ -408,6 +409,37 @@ def test_results_that_do_not_fit_fail_the_job_with_a_sentence(begin):
     backend.store.quota = None
     backend.jobs.retry(id)
     assert backend.wait(id)["state"] == "done" and backend.scaled() == 1
+
+
+def test_a_disk_that_fills_in_the_middle_ends_the_job_with_a_sentence_and_a_retry_finishes_it(small_disk, begin):
+    backend = begin(root=small_disk)
+    id = backend.submit(seconds=1.0, size=100_000)
+    backend.wait_for_stage(id, "Draw")
+    stop = threading.Event()
+
+    def fill():  # and go on filling: what is freed is gone at once
+        with open(small_disk / "other", "wb", buffering=0) as other:
+            while not stop.is_set():
+                try:
+                    other.write(b"x" * 4096)
+                except OSError:
+                    time.sleep(0.001)
+
+    filler = threading.Thread(target=fill)
+    filler.start()
+    job = backend.wait(id)
+    stop.set()
+    filler.join()
+    assert job["state"] == "failed" and job["error"]["code"] == "no-space" and "no room" in job["error"]["message"]
+    (small_disk / "other").unlink()
+    deadline = time.monotonic() + 10
+    while backend.jobs.events(id)[-1]["kind"] != "failed":  # written as soon as it can be
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert_clean(backend)
+    backend.jobs.retry(id)
+    job = backend.wait(id)
+    assert job["state"] == "done" and backend.result(id, "sum.txt") == undisturbed(size=100_000)
 
 
 def test_a_worker_that_cannot_be_started_fails_the_job(begin, monkeypatch):
