@@ -485,10 +485,10 @@ class Jobs:
             text = f"The worker {slot.death}; the job goes on from its last finished stage."
             try:
                 self._record(job, "queued", {"text": text}, state="queued", deaths=deaths, stage="", fraction=0.0, text=text)
-            except KilnError as error:
-                if error.code != "no-space":
+            except KilnError as full:
+                if full.code != "no-space":
                     raise
-                self._fail(job, error)
+                self._fail(job, full)
         else:
             where = f" in {job['stage']!r}" if job["stage"] else ""
             message = f"The worker {slot.death}{where}, and so did {deaths - 1} attempts before."
@@ -525,13 +525,13 @@ class _Slot:
         environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in paths)  # its working folder is another
         if slots > 1 and "CUDA_VISIBLE_DEVICES" not in environment:
             environment["CUDA_VISIBLE_DEVICES"] = str(self.number)
-        log = store.logs / "worker.log"
-        if log.exists() and log.stat().st_size > LOG_BYTES:
-            os.replace(log, store.logs / "worker.log.1")
+        printed = store.logs / "worker.log"
+        if printed.exists() and printed.stat().st_size > LOG_BYTES:
+            os.replace(printed, store.logs / "worker.log.1")
         flags = 0
         if sys.platform == "win32":
             flags = subprocess.CREATE_NO_WINDOW | subprocess.BELOW_NORMAL_PRIORITY_CLASS
-        with open(log, "ab") as errors:
+        with open(printed, "ab") as errors:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "backend.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
                 env=environment, cwd=store.root, creationflags=flags,
