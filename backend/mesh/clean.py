@@ -1,4 +1,4 @@
-"""From marching cubes' triangles to a mesh an artist keeps: no floaters, no inner walls, smooth, few faces, closed."""
+"""What marching cubes leaves behind: floaters, inner walls, steps."""
 
 from __future__ import annotations
 
@@ -8,24 +8,11 @@ from scipy.sparse import coo_matrix, diags
 from scipy.sparse.csgraph import connected_components
 
 from backend.mesh import raster
-from backend.mesh.decimate import decimate
 from backend.mesh.mesh import Mesh
-from backend.progress import Progress, silent
 from backend.views.cameras import look_at
-from protocol import recipes
 
 TAUBIN = (0.5, -0.53)  # Taubin 1995: a shrinking and a growing pass, pass band 0.11
 WITNESSES = 48  # outside cameras that decide whether a piece can be seen
-
-
-def clean(mesh: Mesh, p: recipes.Surface, progress: Progress = silent) -> Mesh:
-    """Real pieces only, smoothed without shrinking, at most p.faces triangles, every edge between two faces."""
-    progress(0.0, "Removing floaters")
-    mesh = drop_pieces(mesh, p.smallest_piece)
-    progress(0.2, "Smoothing")
-    mesh = smooth(mesh, p.smoothing)
-    progress(0.4, "Decimating")
-    return decimate(mesh, p.faces)
 
 
 def pieces(mesh: Mesh) -> Int[np.ndarray, "f"]:

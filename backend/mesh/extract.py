@@ -10,9 +10,11 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 from numba import njit, prange
+from scipy.spatial import cKDTree
 from skimage.measure import marching_cubes
 
-from backend.mesh.clean import clean
+from backend.mesh.clean import drop_pieces, smooth
+from backend.mesh.decimate import decimate
 from backend.mesh.mesh import Mesh
 from backend.progress import Progress, silent
 from backend.splats.model import Splats
@@ -28,6 +30,7 @@ SLAB = 64  # layers of the grid that marching cubes holds as float32 at a time
 STEEPEST = 6.0  # depth change between neighbouring pixels, in pixel sizes, above which they show two surfaces
 AGREE = 0.5  # cells: views that see the same surface within this distance are averaged
 FAINTEST = 0.06  # alpha below which a pixel shows background alone
+CORE = 0.5  # cells: how far along a thin part its core is averaged
 THINNEST = 0.7  # cells: radius of the parts that are kept although they are thinner than the grid resolves
 DENSITY = 0.4  # opacity-weighted Gaussian density at the surface (levels 0.3 to 0.7 score alike)
 
@@ -41,7 +44,7 @@ def extract(splats: Splats, views: Views, p: recipes.Surface, progress: Progress
     progress(0.0, "Reading depth")
     exact = seen.depth is not None
     depth = seen.depth if exact else _splat_depth(splats, seen, progress)
-    points, normals = _surface_samples(seen, depth)
+    points, normals, radii = _surface_samples(seen, depth)
     if len(points) < 50:
         raise KilnError(
             "no-surface", "The views show no surface: hardly any pixel has depth.", "Check that the subject fills the pictures."
@@ -62,7 +65,9 @@ def extract(splats: Splats, views: Views, p: recipes.Surface, progress: Progress
         _carve(field, first, min(first + 16, shape[0]), origin, cell, poses, lenses, inverse, kind, rim)
     progress(0.6, "Keeping thin parts")
     if exact:
-        _keep_thin(field, (points - origin) / cell, normals)
+        carved = field.copy()
+        thin = _keep_thin(field, (points - origin) / cell, normals)
+        cores = (points[thin] - normals[thin] * radii[thin, None] - origin) / cell
     else:
         _add_density(field, splats, origin, cell)
     _close(field)
@@ -71,8 +76,15 @@ def extract(splats: Splats, views: Views, p: recipes.Surface, progress: Progress
     surface = _march(field)
     if len(surface.faces) == 0:
         raise KilnError("no-surface", "No surface was found.", "Check the views' alpha and depth, or raise surface.grid.")
-    surface = Mesh((surface.vertices * cell + origin).astype(np.float32), surface.faces)
-    return clean(surface, p, lambda fraction, text: progress(0.75 + 0.25 * fraction, text))
+    progress(0.75, "Removing floaters")
+    surface = drop_pieces(surface, p.smallest_piece)
+    progress(0.8, "Smoothing")
+    surface = smooth(surface, p.smoothing)
+    if exact and thin.any():
+        surface = _slim(surface, carved, cores, radii[thin] / cell)
+    progress(0.85, "Decimating")
+    surface = decimate(surface, p.faces)
+    return Mesh((surface.vertices * cell + origin).astype(np.float32), surface.faces)
 
 
 def _splat_depth(splats: Splats, seen: Views, progress: Progress) -> Float[np.ndarray, "v h w"]:
@@ -85,12 +97,16 @@ def _splat_depth(splats: Splats, seen: Views, progress: Progress) -> Float[np.nd
     return np.stack(maps).astype(np.float32)
 
 
-def _surface_samples(seen: Views, depth: Float[np.ndarray, "v h w"]) -> tuple[Float[np.ndarray, "n 3"], Float[np.ndarray, "n 3"]]:
-    """Every pixel's surface point, and its normal towards the camera (the viewing ray where the views have no normals)."""
-    points, normals = [], []
+def _surface_samples(
+    seen: Views, depth: Float[np.ndarray, "v h w"]
+) -> tuple[Float[np.ndarray, "n 3"], Float[np.ndarray, "n 3"], Float[np.ndarray, "n"]]:
+    """Every pixel's surface point, its normal towards the camera (the viewing ray where the views have no normals), and how thick a part
+    thinner than a pixel would be there: the covered share of half a pixel."""
+    points, normals, radii = [], [], []
     for i, camera in enumerate(seen.cameras):
         hit = depth[i] > 0
         points.append(camera.unproject(depth[i])[hit])
+        radii.append(0.5 * seen.alpha[i][hit] * depth[i][hit] / camera.fx)
         towards = camera.centre - points[-1]
         towards /= np.linalg.norm(towards, axis=1, keepdims=True)
         if seen.normals is None:
@@ -100,7 +116,7 @@ def _surface_samples(seen: Views, depth: Float[np.ndarray, "v h w"]) -> tuple[Fl
             facing = (given * towards).sum(1, keepdims=True)
             usable = np.linalg.norm(given, axis=1, keepdims=True) > 0.5
             normals.append(np.where(usable, given * np.where(facing < 0, -1, 1), towards))
-    return np.concatenate(points), np.concatenate(normals)
+    return np.concatenate(points), np.concatenate(normals), np.concatenate(radii)
 
 
 @njit(cache=True)
@@ -223,31 +239,64 @@ def _keep_thin(field, points, normals):
     """Puts a ball of THINNEST cells at every surface point (cells) that has no solid behind it: a part thinner than the grid resolves, or
     one that some view's pixels missed. Every such point was seen, so something is there."""
     nx, ny, nz = field.shape
-    count = 0
     thin = np.zeros(len(points), np.bool_)
     for n in range(len(points)):
         x, y, z = points[n, 0] - 0.6 * normals[n, 0], points[n, 1] - 0.6 * normals[n, 1], points[n, 2] - 0.6 * normals[n, 2]
-        i, j, k = int(x), int(y), int(z)
-        if i < 0 or j < 0 or k < 0 or i >= nx - 1 or j >= ny - 1 or k >= nz - 1:
-            continue
-        a, b, c = x - i, y - j, z - k
-        value = 0.0
-        for di in range(2):
-            for dj in range(2):
-                for dk in range(2):
-                    value += (a if di else 1 - a) * (b if dj else 1 - b) * (c if dk else 1 - c) * field[i + di, j + dj, k + dk]
-        thin[n] = value > 0.15 * STEPS
+        thin[n] = _lookup(field, x, y, z) > 0.15
     for n in range(len(points)):
         if not thin[n]:
             continue
-        count += 1
         x, y, z = points[n, 0] - 0.25 * normals[n, 0], points[n, 1] - 0.25 * normals[n, 1], points[n, 2] - 0.25 * normals[n, 2]
         for i in range(max(0, int(x) - 2), min(nx, int(x) + 4)):
             for j in range(max(0, int(y) - 2), min(ny, int(y) + 4)):
                 for k in range(max(0, int(z) - 2), min(nz, int(z) + 4)):
                     distance = np.sqrt((i - x) ** 2 + (j - y) ** 2 + (k - z) ** 2) - THINNEST
                     field[i, j, k] = min(field[i, j, k], np.int16(min(distance, REACH) * STEPS))
-    return count
+    return thin
+
+
+@njit(cache=True)
+def _lookup(field, x, y, z):
+    """The field between grid points, in cells; 0 outside the grid."""
+    i, j, k = int(x), int(y), int(z)
+    if x < 0 or y < 0 or z < 0 or i >= field.shape[0] - 1 or j >= field.shape[1] - 1 or k >= field.shape[2] - 1:
+        return 0.0
+    a, b, c = x - i, y - j, z - k
+    value = 0.0
+    for di in range(2):
+        for dj in range(2):
+            for dk in range(2):
+                value += (a if di else 1 - a) * (b if dj else 1 - b) * (c if dk else 1 - c) * field[i + di, j + dj, k + dk]
+    return value / STEPS
+
+
+def _slim(mesh: Mesh, carved: np.ndarray, cores: Float[np.ndarray, "n 3"], radii: Float[np.ndarray, "n"]) -> Mesh:
+    """Draws the parts that `_keep_thin` added, fat as the grid makes them, in to their own thickness around their cores (cells)."""
+    vertices = mesh.vertices.astype(np.float64)
+    outside = _lookups(carved, vertices)
+    moved = np.flatnonzero(outside > 0.1)
+    tree = cKDTree(cores)
+    distance, index = tree.query(vertices[moved], 32, distance_upper_bound=2.0, workers=-1)
+    weight = np.where(np.isfinite(distance), np.exp(-((distance / CORE) ** 2) / 2), 0)
+    index = np.where(np.isfinite(distance), index, 0)
+    total = weight.sum(1)
+    moved, weight, index, total = moved[total > 1e-6], weight[total > 1e-6], index[total > 1e-6], total[total > 1e-6]
+    core = (cores[index] * weight[..., None]).sum(1) / total[:, None]
+    radius = (radii[index] * weight).sum(1) / total
+    away = vertices[moved] - core
+    length = np.linalg.norm(away, axis=1)
+    slim = core + away * (np.minimum(radius, length) / np.maximum(length, 1e-9))[:, None]
+    share = np.clip((outside[moved] - 0.1) / 0.4, 0, 1)[:, None]  # none where the part meets what the grid does resolve
+    vertices[moved] += share * (slim - vertices[moved])
+    return Mesh(vertices.astype(np.float32), mesh.faces)
+
+
+@njit(cache=True)
+def _lookups(field, points):
+    values = np.empty(len(points))
+    for n in range(len(points)):
+        values[n] = _lookup(field, points[n, 0], points[n, 1], points[n, 2])
+    return values
 
 
 def _add_density(field: np.ndarray, splats: Splats, origin: Float[np.ndarray, "3"], cell: float) -> None:
