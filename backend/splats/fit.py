@@ -8,7 +8,7 @@ views' alpha keep Gaussians out of empty space.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
@@ -39,7 +39,7 @@ class Schedule:
     sh_rest_share: rate of the higher spherical harmonics by that of the constant one. Kerbl: 1/20.
     end_decay: factor on all rates but the positions' at the end, so that the last steps settle.
     start_share: Gaussians at the start by those asked for; growth adds the rest.
-    growth_rounds, growth_end: rounds of growth, evenly spaced, and the share of the fit by which they end. Kerbl: every 100 of 15,000 steps.
+    growth_rounds, growth_end: rounds of growth, evenly spaced, and the share of the fit by which they end. Kerbl: every 100 steps.
     least_opacity: Gaussians below it are removed in each round. Kerbl: 0.005.
     largest: standard deviation above which a Gaussian is removed. Kerbl: 0.1 of the scene's extent.
     split_offset, split_shrink: a split moves two halves apart along the longest axis by this many standard deviations each and divides
@@ -52,7 +52,7 @@ class Schedule:
     log_scale_rate: float = 3e-2
     opacity_rate: float = 0.1
     sh_rate: float = 4e-2
-    sh_rest_share: float = 0.05
+    sh_rest_share: float = 0.25
     end_decay: float = 0.2
     start_share: float = 0.7
     growth_rounds: int = 4
@@ -83,13 +83,15 @@ def fit(views: Views, p: recipes.Fit, seed: int, progress: Progress = silent, sc
 def checked(views: Views) -> Views:
     """The views, or `KilnError("bad-input")` if nothing can be fitted to them."""
     if len(views) < 2:
-        raise KilnError("bad-input", f"{len(views)} views are too few to fit.", "Give at least 3 views from different sides, 16 or more for a good result.")
+        raise KilnError(
+            "bad-input", f"{len(views)} views are too few to fit.", "Give at least 3 from different sides, 16 or more for a good result."
+        )
     for name in ("images", "alpha", "depth", "normals"):
         values = getattr(views, name)
         if values is not None and not np.isfinite(values).all():
-            raise KilnError("bad-input", f"The views' {name} hold values that are not finite numbers.", "Capture the views again.")
+            raise KilnError("bad-input", f"The views' {name} hold values that are not numbers.", "Capture the views again.")
     if float(views.alpha.max()) < 0.5:
-        raise KilnError("bad-input", "No view shows anything solid: alpha stays below one half.", "Check that the subject is visible in renders.")
+        raise KilnError("bad-input", "No view shows anything solid: alpha stays below 0.5.", "Check that the subject is visible.")
     return views
 
 
@@ -217,7 +219,9 @@ def _fit_on_cpu(views: Views, p: recipes.Fit, seed: int, progress: Progress, sch
         rasteriser.project(parameters, count, views.cameras[index])
         loss, plane_gradients = loss_and_gradients(rasteriser, rasteriser.compose(), *targets[index], background, weights)
         if not np.isfinite(loss):
-            raise KilnError("fit-diverged", f"The fit broke down at step {step}: its loss is not a number.", "Try another seed or fewer splats.")
+            raise KilnError(
+                "fit-diverged", f"The fit broke down at step {step}: its loss is no number.", "Try another seed or fewer splats."
+            )
         screen = rasteriser.backward(plane_gradients, background, gradients)
         adam.step(rasteriser.threads, parameters, gradients, rates(schedule, len(parameters), step / p.iterations))
         pull += screen

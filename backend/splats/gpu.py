@@ -1,7 +1,7 @@
 """The fit on an NVIDIA GPU: gsplat's kernels and torch's Adam, with the start, the rounds of growth, rates and loss of `fit.py`.
 
-Each step looks at several views at once, which fills the GPU and costs little more than one. Everything torch is imported late: a fit on the
-CPU neither waits for it nor shares the cores with its threads. gsplat compiles its kernels on first use where no built ones are installed.
+Each step looks at several views at once, which fills the GPU and costs little more than one. Everything torch is imported late: a fit
+on the CPU neither waits for it nor shares the cores with its threads. gsplat compiles its kernels on first use where none are installed.
 """
 
 from __future__ import annotations
@@ -55,29 +55,67 @@ def draw(parameters, cameras, width: int, height: int, sh_degree: int):
     Returns colour on black V x H x W x 3, accumulated depth V x H x W, alpha V x H x W, and projected centres with their gradient retained.
     """
     import gsplat
+    import torch
 
-    rows = parameters.shape[1]
-    planes, alpha, meta = gsplat.rasterization(
-        means=parameters[:, MEAN:QUATERNION],
-        quats=parameters[:, QUATERNION:LOG_SCALE],
-        scales=parameters[:, LOG_SCALE:OPACITY].exp(),
+    views, lenses = cameras
+    means, quaternions = parameters[:, MEAN:QUATERNION], parameters[:, QUATERNION:LOG_SCALE]
+    scales = parameters[:, LOG_SCALE:OPACITY].exp()
+    sh = parameters[:, SH:].reshape(len(parameters), -1, 3)
+    eyes = torch.linalg.inv(views)[:, :3, 3]
+    directions = (means[None] - eyes[:, None]).contiguous()
+    color = gsplat.spherical_harmonics(sh_degree, directions, sh[None].expand(len(views), -1, -1, -1).contiguous())
+    planes = _depth_planes(means, quaternions, scales, views, lenses, width, height)
+    features, alpha, meta = gsplat.rasterization(
+        means=means,
+        quats=quaternions,
+        scales=scales,
         opacities=parameters[:, OPACITY].sigmoid(),
-        colors=parameters[:, SH:].reshape(len(parameters), (rows - SH) // 3, 3),
-        viewmats=cameras[0],
-        Ks=cameras[1],
+        colors=torch.cat([torch.clamp_min(color + 0.5, 0.0), planes], -1),
+        viewmats=views,
+        Ks=lenses,
         width=width,
         height=height,
         near_plane=float(NEAR),
         eps2d=float(DILATION),
-        sh_degree=sh_degree,
         packed=False,
-        render_mode="RGB+D",
         rasterize_mode="classic",
     )
     centres = meta["means2d"]
     if centres.requires_grad:
         centres.retain_grad()
-    return planes[..., :3], planes[..., 3], alpha[..., 0], centres
+    y, x = torch.meshgrid(torch.arange(height, device=means.device) + 0.5, torch.arange(width, device=means.device) + 0.5, indexing="ij")
+    depth = features[..., 3] + x * features[..., 4] + y * features[..., 5]
+    return features[..., :3], depth, alpha[..., 0], centres
+
+
+def _depth_planes(means, quaternions, scales, views, lenses, width: int, height: int):
+    """Each Gaussian's depth as a plane over the picture, V x N x (value at pixel 0, 0; slopes by x and y): `slopes` of `raster_cpu`."""
+    import torch
+
+    turn = views[:, :3, :3]
+    x, y, z = (torch.einsum("vij,nj->vni", turn, means) + views[:, None, :3, 3]).unbind(-1)
+    z = z.clamp_min(float(NEAR))
+    fx, fy, cx, cy = (lenses[:, i, j, None] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
+    u, v = fx * x / z + cx, fy * y / z + cy
+    slack_x, slack_y = 0.15 * width / fx, 0.15 * height / fy
+    along_x = torch.minimum(torch.maximum(x / z, -cx / fx - slack_x), (width - cx) / fx + slack_x)
+    along_y = torch.minimum(torch.maximum(y / z, -cy / fy - slack_y), (height - cy) / fy + slack_y)
+    q = torch.nn.functional.normalize(quaternions, dim=-1)
+    a, b, c, d = q.unbind(-1)
+    axes = torch.stack([
+        1 - 2 * (c * c + d * d), 2 * (b * c - a * d), 2 * (b * d + a * c),
+        2 * (b * c + a * d), 1 - 2 * (b * b + d * d), 2 * (c * d - a * b),
+        2 * (b * d - a * c), 2 * (c * d + a * b), 1 - 2 * (b * b + c * c),
+    ], -1).reshape(-1, 3, 3)  # fmt: skip
+    spread = torch.einsum("vij,njk->vnik", turn, axes * scales[:, None, :])
+    across_x = (fx / z)[..., None] * (spread[:, :, 0] - along_x[..., None] * spread[:, :, 2])
+    across_y = (fy / z)[..., None] * (spread[:, :, 1] - along_y[..., None] * spread[:, :, 2])
+    xx, yy = (across_x**2).sum(-1) + float(DILATION), (across_y**2).sum(-1) + float(DILATION)
+    xy = (across_x * across_y).sum(-1)
+    zx, zy = (across_x * spread[:, :, 2]).sum(-1), (across_y * spread[:, :, 2]).sum(-1)
+    determinant = xx * yy - xy * xy
+    slope_x, slope_y = (yy * zx - xy * zy) / determinant, (xx * zy - xy * zx) / determinant
+    return torch.stack([z - slope_x * u - slope_y * v, slope_x, slope_y], -1)
 
 
 def _cameras(cameras: list[Camera], device):
@@ -183,7 +221,9 @@ def _fit(torch, device, views, p, seed, progress, schedule, shared, unpack) -> S
             seen += (moved > 0).sum(0)
         if step + 1 in rounds:
             if not torch.isfinite(loss):
-                raise KilnError("fit-diverged", f"The fit broke down at step {step}: its loss is not a number.", "Try another seed or fewer splats.")
+                raise KilnError(
+                    "fit-diverged", f"The fit broke down at step {step}: its loss is no number.", "Try another seed or fewer splats."
+                )
             states = [adam.state[part] for part in parts]
             steps = int(states[0]["step"])
             first, second = (torch.cat([state[name] for state in states], 1).T.cpu().numpy() for name in ("exp_avg", "exp_avg_sq"))
@@ -191,7 +231,8 @@ def _fit(torch, device, views, p, seed, progress, schedule, shared, unpack) -> S
             matrix, kept = shared.pruned_and_grown(matrix, pull.cpu().numpy(), seen.cpu().numpy(), p.splats, schedule)
             if matrix.shape[1] == 0:
                 raise KilnError("fit-diverged", "All splats have faded away.", "Check that pictures, alpha and cameras belong together.")
-            groups, parts, adam = optimiser(matrix, (np.where(kept >= 0, first[:, kept], 0), np.where(kept >= 0, second[:, kept], 0), steps))
+            first, second = (np.where(kept >= 0, moments[:, kept], 0) for moments in (first, second))
+            groups, parts, adam = optimiser(matrix, (first, second, steps))
             count = len(parts[0])
             pull, seen = torch.zeros(count, device=device), torch.zeros(count, device=device)
         now = time.monotonic()

@@ -227,6 +227,6 @@ class Adam:
         self.steps += 1
         rates = rates / (1 - self.KEEP1**self.steps) * (1 - self.KEEP2**self.steps) ** 0.5
         run(
-            threads, adam, parameters.shape[1], parameters.reshape(-1), gradients.reshape(-1), self.first.reshape(-1), self.second.reshape(-1),
-            rates.astype(np.float32), F(self.KEEP1), F(self.KEEP2), F(self.SMALL),
+            threads, adam, parameters.shape[1], parameters.reshape(-1), gradients.reshape(-1), self.first.reshape(-1),
+            self.second.reshape(-1), rates.astype(np.float32), F(self.KEEP1), F(self.KEEP2), F(self.SMALL),
         )  # fmt: skip

@@ -61,14 +61,16 @@ def load(path: Path) -> Splats:
             count, layout = _read_header(file, name)
             missing = [n for n in _names(1) if n not in layout.names and n not in ("nx", "ny", "nz")]
             if missing:
-                raise KilnError("bad-input", f"{name} is a PLY without {', '.join(missing)}.", "Export Gaussian splats (3DGS layout), not a plain mesh or points.")
+                raise KilnError(
+                    "bad-input", f"{name} is a PLY without {', '.join(missing)}.", "Export Gaussian splats, not a mesh or points."
+                )
             rest = sum(n.startswith("f_rest_") for n in layout.names)
             bases = 1 + rest // 3
             if rest % 3 or bases not in (1, 4, 9, 16) or any(f"f_rest_{i}" not in layout.names for i in range(rest)):
-                raise KilnError("bad-input", f"{name} has {rest} f_rest values.", "Spherical harmonics of degree 0 to 3 have 0, 9, 24 or 45.")
+                raise KilnError("bad-input", f"{name} has {rest} f_rest values.", "Degrees 0 to 3 have 0, 9, 24 or 45.")
             left = os.fstat(file.fileno()).st_size - file.tell()
             if left < count * layout.itemsize:
-                raise KilnError("bad-input", f"{name} ends after {left // layout.itemsize} of {count} Gaussians.", "Copy or export it again.")
+                raise KilnError("bad-input", f"{name} ends after {left // layout.itemsize} of {count} Gaussians.", "Copy it again.")
             rows = np.fromfile(file, layout, count)
     except OSError as error:
         raise KilnError("bad-input", f"{name} cannot be read: {error.strerror or error}.", "Check the path and its permissions.") from None
@@ -90,10 +92,11 @@ def load(path: Path) -> Splats:
     for field in ("means", "quaternions", "log_scales", "opacity_logits", "sh"):
         bad = ~np.isfinite(getattr(splats, field)).reshape(count, -1).all(1)
         if bad.any():
-            raise KilnError("bad-input", f"{name}: {bad.sum()} of {count} Gaussians have {field} that are not finite numbers.", "Export it again.")
+            raise KilnError("bad-input", f"{name}: {bad.sum()} of {count} Gaussians have {field} that are no numbers.", "Export it again.")
     empty = (np.exp(splats.log_scales.max(1)) == 0) | (np.linalg.norm(splats.quaternions, axis=1) == 0)
     if empty.any():
-        raise KilnError("bad-input", f"{name}: {empty.sum()} of {count} Gaussians have no size or no rotation.", "scale_* are natural logarithms; rot_* a quaternion, w first.")
+        problem = f"{name}: {empty.sum()} of {count} Gaussians have no size or no rotation."
+        raise KilnError("bad-input", problem, "scale_* are natural logarithms; rot_* a quaternion, w first.")
     return splats
 
 
@@ -117,7 +120,9 @@ def _read_header(file, name: str) -> tuple[int, np.dtype]:
                 raise KilnError("bad-input", f"{name}: its first element is not 'vertex'.", "Export it in the 3DGS layout.")
         elif words[:1] == ["property"] and element == "vertex":
             if len(words) != 3 or words[1] not in _TYPES or words[2] in dict(fields):
-                raise KilnError("bad-input", f"{name}: its header has the property {' '.join(words[1:])!r}.", "Gaussians have single numbers only.")
+                raise KilnError(
+                    "bad-input", f"{name}: its header has the property {' '.join(words[1:])!r}.", "Export it in the 3DGS layout."
+                )
             fields.append((words[2], "<" + _TYPES[words[1]]))
     else:
         raise not_ply

@@ -1,11 +1,12 @@
-"""Gaussian splatting on the CPU, forward and backward, without torch: what gsplat 1.5.3's `rasterization(rasterize_mode="classic")` computes.
+"""Gaussian splatting on the CPU, forward and backward, without torch: the pictures of gsplat 1.5.3's "classic" `rasterization`.
 
 3D Gaussian Splatting (Kerbl et al. 2023, section 4-6; EWA projection after Zwicker et al. 2001), organised for vector units: sixteen
 Gaussians at a time are projected, pixels are composed in blocks of 4 x 4, and one global depth sort orders all tiles. Tiles write their
-gradients into one slot for each (Gaussian, tile), which are summed in a fixed order: the result is bitwise the same on any number of threads.
+gradients into one slot for each (Gaussian, tile), which are summed in a fixed order: the result is bitwise the same on any number of
+threads. Depth alone differs from gsplat's: a Gaussian's depth at a pixel lies on the ray (`slopes`), not at its centre for all pixels.
 
-Parameters live in one float32 matrix with a row for each scalar and a column for each Gaussian, padded to a multiple of 16 columns (`pack`).
-Pictures live in planes that are padded to whole tiles.
+Parameters live in one float32 matrix with a row for each scalar and a column for each Gaussian, padded to a multiple of 16 columns
+(`pack`). Pictures live in planes that are padded to whole tiles.
 """
 
 from __future__ import annotations
@@ -18,8 +19,25 @@ from backend.views.cameras import Camera
 from .model import SH_C0, Splats
 from .parallel import THREADS, kernel, run
 from .simd import (
-    at, bits, block_x, block_y, greatest, least, load, load_block, logarithm, lowest_bit, root, spread, store, store_block, take,
-    totals, two_to_the, where, zeros,
+    at,
+    bits,
+    block_x,
+    block_y,
+    greatest,
+    least,
+    load,
+    load_block,
+    logarithm,
+    lowest_bit,
+    root,
+    spread,
+    store,
+    store_block,
+    take,
+    totals,
+    two_to_the,
+    where,
+    zeros,
 )  # fmt: skip
 
 F = np.float32
@@ -39,7 +57,8 @@ EMPTY = F(-30.0)  # opacity logit of the padding: invisible
 RECORD = 8
 FEATURES = 4  # composed together: red, green, blue, depth; more come in further groups of four
 PLANES = 5  # four features and alpha
-SLOT = 16  # floats of a gradient slot: four features, then the sums of dL/dsigma * (1, dx, dy, dx^2, dx dy, dy^2)
+# Floats of a gradient slot: four features, the sums of dL/dsigma * (1, dx, dy, dx^2, dx dy, dy^2), the last feature's two slopes.
+SLOT = 16
 CHUNK = 256  # Gaussians projected as one piece of work
 BANDS = 16  # pieces of the depth order that are binned at the same time
 
@@ -79,7 +98,8 @@ def unpack(matrix: Float[np.ndarray, "rows columns"], count: int) -> Splats:
 # ---------------------------------------------------------------- elementary functions
 
 _E0, _E1, _E2, _E3, _E4, _E5 = (
-    F(c) for c in (0.9999999058956826, -0.9999914354337517, 0.4998691698834155, -0.16591692013424927, 0.039673792637322576, -0.005787115558377201)
+    F(c) for c in (0.9999999058956826, -0.9999914354337517, 0.4998691698834155, -0.16591692013424927, 0.039673792637322576,
+                   -0.005787115558377201)
 )  # fmt: skip
 _P0, _P1, _P2, _P3, _P4, _P5, _P6 = (
     F(c) for c in (1.0000000005541656, 0.693147205737265, 0.24022646890627578, 0.05550328776969987, 0.009618488957822162,
@@ -92,7 +112,7 @@ _HIGHEST = F(80.0)
 
 @kernel
 def falloff(sigma):
-    """exp(-sigma) for 0 <= sigma <= 5.6, which is all that reaches 1/255; relative error 8e-7. Minimax on sigma / 8, squared three times."""
+    """exp(-sigma) for 0 <= sigma <= 5.6, which is all that reaches 1/255, to 8e-7. Minimax on sigma / 8, squared three times."""
     x = sigma * _EIGHTH
     y = ((((_E5 * x + _E4) * x + _E3) * x + _E2) * x + _E1) * x + _E0
     y = y * y
@@ -454,11 +474,28 @@ def fill_tiles(counter, visible, order, rectangles, slots, tiles_x, masks, count
 
 
 @kernel
-def compose(counter, tile_order, starts, longest, entries, records, features, tiles_x, width, height, stride, crossing, slopes,
-    planes, crossed, reached):
-    """Front-to-back compositing into `planes` (four features, alpha), each `stride` x rows. `reached` gets each entry's blocks that it changed.
+def compose(
+    counter,
+    tile_order,
+    starts,
+    longest,
+    entries,
+    records,
+    features,
+    tiles_x,
+    width,
+    height,
+    stride,
+    crossing,
+    slopes,
+    planes,
+    crossed,
+    reached,
+):
+    """Front-to-back compositing into `planes` (four features, alpha), `stride` x rows each. `reached`: the blocks that an entry changed.
 
-    With a `crossing` (not None), `crossed` gets the depth, on the ray, of the Gaussian at which transmittance falls to it.
+    The last feature is a plane over the picture: its value at the Gaussian's centre and its `slopes` by x and y. With a `crossing` (not
+    None), `crossed` gets it from the Gaussian at which transmittance falls to that.
     """
     area = planes.shape[0] // PLANES
     lists = np.empty((16, longest), np.int32)
@@ -499,15 +536,14 @@ def compose(counter, tile_order, starts, longest, entries, records, features, ti
                 left = transmittance - weight
                 going = left > LEAST_TRANSMITTANCE
                 weight = where(going, weight, none)
+                last = at(features, feature + 3) + at(slopes, 2 * g) * dx + at(slopes, 2 * g + 1) * dy
                 if crossing is not None:
-                    here = (transmittance > crossing) & (left <= crossing)
-                    depth = at(features, feature + 3) + at(slopes, 2 * g) * dx + at(slopes, 2 * g + 1) * dy
-                    median = where(here & going, depth, median)
+                    median = where((transmittance > crossing) & (left <= crossing) & going, last, median)
                 transmittance = where(going, left, none)
                 f0 = f0 + weight * at(features, feature)
                 f1 = f1 + weight * at(features, feature + 1)
                 f2 = f2 + weight * at(features, feature + 2)
-                f3 = f3 + weight * at(features, feature + 3)
+                f3 = f3 + weight * last
                 alpha = alpha + weight
                 if bits(weight > F(0)) != 0:
                     reached[entry] |= 1 << block
@@ -525,7 +561,22 @@ def compose(counter, tile_order, starts, longest, entries, records, features, ti
 
 @kernel
 def compose_back(
-    counter, tile_order, starts, entries, records, features, tiles_x, width, height, stride, background, planes, gradients, reached, slots
+    counter,
+    tile_order,
+    starts,
+    entries,
+    records,
+    features,
+    slopes,
+    tiles_x,
+    width,
+    height,
+    stride,
+    background,
+    planes,
+    gradients,
+    reached,
+    slots,
 ):
     """Gradient slots from the gradients of `planes`: 3DGS's backward pass, run front to back like the forward pass.
 
@@ -574,9 +625,10 @@ def compose_back(
             a, b, c = at(records, record + 2), at(records, record + 3), at(records, record + 4)
             opacity, most = at(records, record + 5), at(records, record + 6)
             c0, c1, c2, c3 = at(features, feature), at(features, feature + 1), at(features, feature + 2), at(features, feature + 3)
+            slope_x, slope_y = at(slopes, 2 * g), at(slopes, 2 * g + 1)
             from_x, from_y = column + (F(left_edge) - at(records, record)), row + (F(top_edge) - at(records, record + 1))
             d0, d1, d2, d3 = none, none, none, none
-            s1, sx, sy, sxx, sxy, syy = none, none, none, none, none, none
+            s1, sx, sy, sxx, sxy, syy, zx, zy = none, none, none, none, none, none, none, none
             while mask != 0:
                 block = lowest_bit(mask)
                 mask &= mask - 1
@@ -591,14 +643,18 @@ def compose_back(
                 going = left > LEAST_TRANSMITTANCE
                 weight = where(going, weight, none)
                 g0, g1, g2, g3 = load(state, here + 32), load(state, here + 48), load(state, here + 64), load(state, here + 80)
-                product = c0 * g0 + c1 * g1 + c2 * g2 + c3 * g3 + load(state, here + 96)
+                last = c3 + slope_x * dx + slope_y * dy
+                product = c0 * g0 + c1 * g1 + c2 * g2 + last * g3 + load(state, here + 96)
                 rest = load(state, here + 16) - weight * product
                 store(state, here, where(going, left, none))
                 store(state, here + 16, rest)
                 d0 = d0 + weight * g0
                 d1 = d1 + weight * g1
                 d2 = d2 + weight * g2
-                d3 = d3 + weight * g3
+                by_last = weight * g3
+                d3 = d3 + by_last
+                zx = zx + by_last * dx
+                zy = zy + by_last * dy
                 by_sigma = raw * (rest / (ONE - opaque) - transmittance * product)  # dL/dsigma = -alpha dL/dalpha
                 by_sigma = where((weight > F(0)) & (raw < MOST_ALPHA), by_sigma, none)
                 s1 = s1 + by_sigma
@@ -608,7 +664,7 @@ def compose_back(
                 sxx = sxx + along_x * dx
                 sxy = sxy + along_x * dy
                 syy = syy + along_y * dy
-            store(slots, slot, totals(d0, d1, d2, d3, s1, sx, sy, sxx, sxy, syy))
+            store(slots, slot, totals(d0, d1, d2, d3, s1, sx, sy, sxx, sxy, syy, zx, zy))
 
 
 # ---------------------------------------------------------------- projection, backward
@@ -624,14 +680,28 @@ def sum_slots(areas, slots, masks, gradients, g, count, scratch):
                 if masks[slot] != 0:
                     sums = sums + load(gradients, slot * SLOT)
         store(scratch, 256 + 16 * i, sums)
-    for k in range(10):
+    for k in range(12):
         for i in range(16):
             scratch[16 * k + i] = scratch[256 + 16 * i + k]
 
 
 @kernel
 def project_back(
-    counter, count, parameters, stride, degree, camera, records, areas, slots, masks, slot_gradients, colored, more_geometry, gradients, screen
+    counter,
+    count,
+    parameters,
+    stride,
+    degree,
+    camera,
+    records,
+    areas,
+    slots,
+    masks,
+    slot_gradients,
+    colored,
+    more_geometry,
+    gradients,
+    screen,
 ):
     """The gradient matrix from gradient slots. `screen` gets the length of each Gaussian's gradient by its place in the picture, in pixels.
 
@@ -675,6 +745,14 @@ def project_back(
             m1, mx, my = load(scratch, 64), load(scratch, 80), load(scratch, 96)
             du, dv = none - (a * mx + b * my), none - (b * mx + c * my)
             da, db, dc = HALF * load(scratch, 112), load(scratch, 128), HALF * load(scratch, 144)
+            d_czx, d_czy = none, none
+            if colored:
+                # The plane of depth: slopes (a czx + b czy, b czx + c czy) by the picture, through the centre.
+                czx, czy = n20 * t00 + n21 * t01 + n22 * t02, n20 * t10 + n21 * t11 + n22 * t12
+                d_depth, d_zx, d_zy = load(scratch, 48), load(scratch, 160), load(scratch, 176)
+                du, dv = du - (a * czx + b * czy) * d_depth, dv - (b * czx + c * czy) * d_depth
+                da, db, dc = da + d_zx * czx, db + d_zx * czy + d_zy * czx, dc + d_zy * czy
+                d_czx, d_czy = a * d_zx + b * d_zy, b * d_zx + c * d_zy
             d_logit = none - m1 * (ONE - opacity)  # dL/do = -m1 / o, times the sigmoid's o (1 - o)
             # dL/dcov = -Q dL/dQ Q for the inverse Q of cov.
             hb = HALF * db
@@ -683,6 +761,8 @@ def project_back(
             h0, h1, h2 = none - (e0 * a + e1 * b), none - (e0 * b + e1 * c), none - (e2 * b + e3 * c)
             u00, u01, u02 = TWO * (h0 * t00 + h1 * t10), TWO * (h0 * t01 + h1 * t11), TWO * (h0 * t02 + h1 * t12)
             u10, u11, u12 = TWO * (h1 * t00 + h2 * t10), TWO * (h1 * t01 + h2 * t11), TWO * (h1 * t02 + h2 * t12)
+            u00, u01, u02 = u00 + d_czx * n20, u01 + d_czx * n21, u02 + d_czx * n22
+            u10, u11, u12 = u10 + d_czy * n20, u11 + d_czy * n21, u12 + d_czy * n22
             d_slope_x = none - jx * (u00 * n20 + u01 * n21 + u02 * n22)
             d_slope_y = none - jy * (u10 * n20 + u11 * n21 + u12 * n22)
             inside_x = (ratio_x > at(camera, 19)) & (ratio_x < at(camera, 20))
@@ -697,9 +777,9 @@ def project_back(
             d_mx, d_my, d_mz = turned_back(camera, d_px, d_py, d_pz)
 
             k0, k1 = jx * slope_x, jy * slope_y
-            m00, m10, m20 = turned_back(camera, jx * u00, jy * u10, none - k0 * u00 - k1 * u10)
-            m01, m11, m21 = turned_back(camera, jx * u01, jy * u11, none - k0 * u01 - k1 * u11)
-            m02, m12, m22 = turned_back(camera, jx * u02, jy * u12, none - k0 * u02 - k1 * u12)
+            m00, m10, m20 = turned_back(camera, jx * u00, jy * u10, d_czx * t00 + d_czy * t10 - k0 * u00 - k1 * u10)
+            m01, m11, m21 = turned_back(camera, jx * u01, jy * u11, d_czx * t01 + d_czy * t11 - k0 * u01 - k1 * u11)
+            m02, m12, m22 = turned_back(camera, jx * u02, jy * u12, d_czx * t02 + d_czy * t12 - k0 * u02 - k1 * u12)
             m00, m10, m20 = m00 * s0, m10 * s0, m20 * s0
             m01, m11, m21 = m01 * s1, m11 * s1, m21 * s1
             m02, m12, m22 = m02 * s2, m12 * s2, m22 * s2
@@ -818,31 +898,38 @@ class Rasteriser:
         self.tile_order = np.argsort(-lengths, kind="stable")  # the longest first, so that no thread is left with one at the end
         self.reached = self.buffer("reached", self.entry_count, np.int32)
 
-    def compose(self, crossing: float | None = None, features: np.ndarray | None = None) -> Float[np.ndarray, "5 rows columns"]:
+    def compose(
+        self, crossing: float | None = None, features: Float[np.ndarray, "n 4"] | None = None
+    ) -> Float[np.ndarray, "5 rows columns"]:
         """Four feature planes (red, green, blue, depth, or `features`, N x 4) and alpha, padded to whole tiles, on black.
 
         With `crossing`, `self.crossed` becomes the depth at which transmittance falls to it (0 where it does not).
         """
         self.planes = self.buffer("planes", PLANES * self.area)
         self.composed = self.features if features is None else features.reshape(-1)
+        if features is None:
+            self.planar = self.slopes
+        else:
+            self.planar = self.buffer("no_slopes", 2 * self.count)
+            self.planar[:] = 0
         self.crossed = self.buffer("crossed", self.area if crossing is not None else 1)
         run(
             self.threads, compose, self.tile_order, self.starts, self.longest, self.entries, self.records, self.composed, self.tiles_x,
-            self.width, self.height, self.row, None if crossing is None else F(crossing), self.slopes, self.planes, self.crossed,
+            self.width, self.height, self.row, None if crossing is None else F(crossing), self.planar, self.planes, self.crossed,
             self.reached,
         )  # fmt: skip
         return self.planes.reshape(PLANES, -1, self.row)
 
     def backward(self, gradients: Float[np.ndarray, "5 rows columns"], background: Float[np.ndarray, "3"], result: np.ndarray, more=False):
-        """Writes into `result` (like the parameters) the gradient of the last picture; returns the screen-space gradient's length in pixels.
+        """Writes into `result` (like the parameters) the gradient of the last picture; returns the length of the one by screen place.
 
         For a picture of other features, adds (`more`) the geometry's part to `result` instead and returns the features' gradients, N x 4.
         """
         slot_gradients = self.buffer("slot_gradients", self.slot_count * SLOT)
         background = np.asarray(background, np.float32)
         run(
-            self.threads, compose_back, self.tile_order, self.starts, self.entries, self.records, self.composed, self.tiles_x, self.width,
-            self.height, self.row, background, self.planes, gradients.reshape(-1), self.reached, slot_gradients,
+            self.threads, compose_back, self.tile_order, self.starts, self.entries, self.records, self.composed, self.planar, self.tiles_x,
+            self.width, self.height, self.row, background, self.planes, gradients.reshape(-1), self.reached, slot_gradients,
         )  # fmt: skip
         colored = self.composed is self.features
         screen = self.buffer("screen", self.stride) if colored else self.buffer("feature_gradients", self.count * FEATURES)

@@ -1,4 +1,4 @@
-"""Pictures of splats. The picture for a person, for scoring and for finding the surface; fitting has its own loop around the same kernels."""
+"""Pictures of splats for people, for scoring and for finding the surface; fitting has its own loop around the same kernels."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Rendering:
 def render(splats: Splats, camera: Camera, background: tuple[float, float, float] = (0.0, 0.0, 0.0), crossing: float = MEDIAN) -> Rendering:
     """The splats as `camera` sees them. `crossing`: the transmittance at which depth is taken, if not one half."""
     if camera.width < 1 or camera.height < 1 or camera.width * camera.height > 2**28:
-        raise KilnError("bad-input", f"A picture of {camera.width} x {camera.height} pixels cannot be rendered.", "Ask for 1 to 16384 pixels a side.")
+        raise KilnError("bad-input", f"No picture can have {camera.width} x {camera.height} pixels.", "Ask for 1 to 16384 a side.")
     rasteriser = Rasteriser()
     rasteriser.project(pack(splats), len(splats), camera)
     planes = rasteriser.cropped(rasteriser.compose(crossing))

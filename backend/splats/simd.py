@@ -1,8 +1,8 @@
 """Sixteen float32 lanes as one numba value, so that kernels say what the vector unit does instead of hoping for the auto-vectoriser.
 
 `Lanes` lowers to LLVM's `<16 x float>`, `Mask` to `<16 x i1>`; LLVM turns them into AVX-512, pairs of AVX2 or quadruples of NEON registers.
-Scalars (float32) mix freely with `Lanes` in arithmetic. Arrays are flat and C-contiguous; `load`, `store` and `at` skip numba's wrap-around of
-negative indices, which is what keeps ordinary indexing from being vectorised.
+Scalars (float32) mix freely with `Lanes` in arithmetic. Arrays are flat and C-contiguous; `load`, `store` and `at` skip numba's
+wrap-around of negative indices, which is what keeps ordinary indexing from being vectorised.
 """
 
 from __future__ import annotations
@@ -327,9 +327,9 @@ def store_block(typing, array, index, stride, value):
 
 
 @intrinsic
-def totals(typing, a, b, c, d, e, f, g, h, i, j):
-    """Lane k holds the sum of all lanes of argument k: ten sums for the price of about three."""
-    if any(value != Lanes for value in (a, b, c, d, e, f, g, h, i, j)):
+def totals(typing, a, b, c, d, e, f, g, h, i, j, k, m):
+    """Lane n holds the sum of all lanes of argument n: twelve sums for the price of about three."""
+    if any(value != Lanes for value in (a, b, c, d, e, f, g, h, i, j, k, m)):
         return None
 
     def emit(context, builder, sig, args):
@@ -347,7 +347,7 @@ def totals(typing, a, b, c, d, e, f, g, h, i, j):
             group *= 2
         return level[0]
 
-    return Lanes(a, b, c, d, e, f, g, h, i, j), emit
+    return Lanes(a, b, c, d, e, f, g, h, i, j, k, m), emit
 
 
 @intrinsic

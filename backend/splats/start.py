@@ -13,7 +13,7 @@ from .model import SH_C0, Splats
 
 SOLID = 0.5  # alpha from which a pixel belongs to the subject
 HULL_GRID = 96  # cells along each side of the hull's grid
-VOTES = 0.9  # share of the views that see a cell which must see it inside: silhouettes may disagree a little
+VOTES = 0.9  # share of the views whose silhouette must hold a cell: they may disagree a little
 OPACITY = 0.3  # at the start, so that splats behind others get gradients
 SURFACE_OPACITY = 0.5
 FLATNESS = 0.25  # thickness of a surface splat by its extent
@@ -47,16 +47,14 @@ def in_hull(views: Views, count: int, sh_degree: int, random: np.random.Generato
     """Round Gaussians in the shell of the visual hull (Laurentini 1994), at most `count`, coloured by the views that face them."""
     axis = (np.arange(HULL_GRID) + 0.5) / HULL_GRID * 2 - 1
     centres = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
-    inside, seen = np.zeros(len(centres), np.int32), np.zeros(len(centres), np.int32)
+    inside = np.zeros(len(centres), np.int32)
     for i, camera in enumerate(views.cameras):
         # A cell is as wide as several pixels, so silhouettes grow by half a cell: thin parts leave a hull.
         cell = camera.fx * 2 / HULL_GRID / np.linalg.norm(camera.centre)
         solid = binary_dilation(views.alpha[i] > SOLID, iterations=max(1, round(cell / 2)))
         hit, visible = _look_up(solid, camera, centres)
         inside += hit & visible
-        seen += visible
-    # What few views show is no part of a subject that they were taken of: in the corners, one ray would be enough to be inside.
-    hull = ((inside >= VOTES * seen) & (seen >= 0.5 * len(views))).reshape((HULL_GRID,) * 3)
+    hull = (inside >= VOTES * len(views)).reshape((HULL_GRID,) * 3)  # the unit sphere is what all views show
     if not hull.any():
         raise KilnError(
             "bad-input", "The silhouettes of the views do not fit together: they enclose nothing.",

@@ -1,9 +1,9 @@
-"""Splatting as one dense autograd expression: gsplat's plain-torch projection, covariance and spherical harmonics, and every Gaussian composed
-over every pixel in depth order."""
+"""Splatting as one dense autograd expression: gsplat's plain-torch projection, covariance and spherical harmonics, and every Gaussian
+composed over every pixel in depth order."""
 
 import numpy as np
 import torch
-from gsplat.cuda._torch_impl import _fully_fused_projection, _quat_scale_to_covar_preci, _spherical_harmonics
+from gsplat.cuda._torch_impl import _fully_fused_projection, _quat_scale_to_covar_preci, _spherical_harmonics, _world_to_cam
 
 from backend.splats.model import Splats
 from backend.views.cameras import Camera
@@ -15,13 +15,20 @@ def tensors(splats: Splats) -> list[torch.Tensor]:
 
 
 def composed(parameters: list[torch.Tensor], camera: Camera, features: torch.Tensor | None = None):
-    """Feature planes (red, green, blue, depth or the given ones), H x W x F, and alpha, in double precision on black."""
+    """Feature planes (red, green, blue, depth or the given ones), H x W x F, and alpha, in double precision on black.
+
+    A Gaussian's depth at a pixel is the mean of z given the pixel, for the Gaussian carried to (x, y in pixels, z) by the projection's
+    derivative: z + cov(z, xy) cov(xy, xy)^-1 (pixel - centre).
+    """
     means, quaternions, log_scales, logits, sh = parameters
     covariance, _ = _quat_scale_to_covar_preci(quaternions, log_scales.exp(), compute_preci=False)
     view = torch.tensor(camera.camera_from_world)[None]
     intrinsics = torch.tensor([[camera.fx, 0, camera.cx], [0, camera.fy, camera.cy], [0, 0, 1.0]], dtype=torch.float64)[None]
     _, centres, depths, conics, _ = _fully_fused_projection(means, covariance, view, intrinsics, camera.width, camera.height)
+    slopes = torch.zeros(len(means), 2, dtype=torch.float64)
     if features is None:
+        in_camera, turned = _world_to_cam(means, covariance, view)
+        slopes = _depth_slopes(in_camera[0], turned[0], camera, conics[0])
         directions = means - torch.tensor(camera.centre)
         degree = round(sh.shape[1] ** 0.5) - 1
         colors = torch.clamp_min(_spherical_harmonics(degree, directions, sh) + 0.5, 0.0)
@@ -42,10 +49,24 @@ def composed(parameters: list[torch.Tensor], camera: Camera, features: torch.Ten
         left = transmittance * (1 - opaque)
         going = going & (left > 1e-4)
         weight = torch.where(going, transmittance * opaque, 0.0)
-        picture = picture + weight[..., None] * features[g]
+        last = features[g, -1] + slopes[g, 0] * dx + slopes[g, 1] * dy
+        picture = picture + weight[..., None] * torch.cat([features[g, :-1].expand(*weight.shape, -1), last[..., None]], -1)
         alpha = alpha + weight
         transmittance = torch.where(going, left, transmittance)
     return picture, alpha
+
+
+def _depth_slopes(points, covariances, camera, conics):
+    """The derivative of a pinhole projection by hand: gsplat's gives the picture's covariance alone."""
+    x, y, z = points.T
+    slack_x, slack_y = 0.15 * camera.width / camera.fx, 0.15 * camera.height / camera.fy
+    x = z * torch.clamp(x / z, -camera.cx / camera.fx - slack_x, (camera.width - camera.cx) / camera.fx + slack_x)
+    y = z * torch.clamp(y / z, -camera.cy / camera.fy - slack_y, (camera.height - camera.cy) / camera.fy + slack_y)
+    none = torch.zeros_like(z)
+    derivative = torch.stack([camera.fx / z, none, -camera.fx * x / z**2, none, camera.fy / z, -camera.fy * y / z**2], -1).reshape(-1, 2, 3)
+    mixed = torch.einsum("nij,nj->ni", derivative, covariances[:, :, 2])
+    a, b, c = conics.T
+    return torch.stack([a * mixed[:, 0] + b * mixed[:, 1], b * mixed[:, 0] + c * mixed[:, 1]], -1)
 
 
 def cloud(count: int, degree: int, seed: int, size: float = 0.08) -> Splats:

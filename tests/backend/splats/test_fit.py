@@ -4,15 +4,15 @@ import dataclasses
 
 import numpy as np
 import pytest
-import sphere
 
 from backend.splats import gpu
 from backend.splats.fit import SCHEDULE, fit, growth_steps, pruned_and_grown
-from backend.splats.raster_cpu import OPACITY, pack
+from backend.splats.raster_cpu import LOG_SCALE, OPACITY, pack
 from backend.splats.render import render
 from backend.splats.start import in_hull, on_surface
 from protocol import recipes
 from protocol.errors import Cancelled, KilnError
+from tests.backend.splats import reference, sphere
 
 QUICK = recipes.Fit(splats=1500, iterations=300, device="cpu")
 
@@ -39,19 +39,26 @@ def fitted(views):
 def test_held_out_views_look_right(views, fitted):
     start = in_hull(views.for_fitting, QUICK.splats, 0, np.random.default_rng(1))
     assert psnr(start, views) < 22
-    assert psnr(fitted, views) > 31
+    assert psnr(fitted, views) > 29.5
     assert len(fitted) <= QUICK.splats
 
 
-def test_with_depth_the_surface_is_right_too():
-    views = sphere.views(geometry=True)
-    splats = fit(views, dataclasses.replace(QUICK, iterations=200), seed=1)
-    assert psnr(splats, views) > 31
+def depth_error(splats, views) -> float:
+    """Mean over the held-out views' pixels where both have a surface."""
+    errors = []
     for camera, truth in zip(views.for_scoring.cameras, views.for_scoring.depth, strict=True):
         seen = render(splats, camera).depth
         both = (seen > 0) & (truth > 0)
-        assert both.sum() > 0.95 * (truth > 0).sum()
-        assert np.abs(seen - truth)[both].mean() < 0.01 * sphere.RADIUS
+        assert both.sum() > 0.9 * (truth > 0).sum()
+        errors.append(np.abs(seen - truth)[both].mean())
+    return float(np.mean(errors))
+
+
+def test_depth_of_the_views_draws_splats_to_the_surface():
+    views = sphere.views(geometry=True)
+    without, with_depth = (fit(views, dataclasses.replace(QUICK, iterations=200, depth_weight=weight), seed=1) for weight in (0.0, 2.0))
+    assert depth_error(with_depth, views) < 0.75 * depth_error(without, views)
+    assert psnr(without, views) > 29
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(views, fitted):
@@ -105,9 +112,7 @@ def test_points_of_depth_lie_flat_on_the_surface():
 
 def test_growth_removes_what_is_useless_and_splits_what_is_pulled_hardest():
     random = np.random.default_rng(0)
-    from reference import cloud
-
-    matrix = pack(cloud(100, 0, 0))[:, :100]
+    matrix = pack(reference.cloud(100, 0, 0))[:, :100]
     matrix[OPACITY] = 1
     matrix[OPACITY, :10] = -9  # transparent
     seen = np.full(100, 5.0)
@@ -115,12 +120,18 @@ def test_growth_removes_what_is_useless_and_splits_what_is_pulled_hardest():
     pull = random.random(100)
     pull[50] = 99
     grown, kept = pruned_and_grown(matrix, pull, seen, 90, SCHEDULE)
-    assert grown.shape[1] == 90 == len(kept)  # 85 left, 5 split in two
-    assert not set(range(15)) & set(kept.tolist())
-    assert 50 not in kept
+    gone = {*range(15), *np.nonzero(matrix[LOG_SCALE:OPACITY].max(0) > np.log(SCHEDULE.largest))[0].tolist()}
+    stay = set(range(100)) - gone
+    assert grown.shape[1] == 90 == len(kept)
+    split = sorted(stay - set(kept.tolist()))
+    assert len(split) == 90 - len(stay) and set(kept.tolist()) - {-1} == stay - set(split)
+    assert min(pull[split]) >= max(pull[sorted(stay - set(split))]) and 50 in split
     halves = grown[:, kept < 0]
-    middle = (halves[:3, :5] + halves[:3, 5:]) / 2
-    assert np.abs(middle - matrix[:3, 50:51]).sum(0).min() < 1e-5
+    middle = (halves[:3, : len(split)] + halves[:3, len(split) :]) / 2
+    found = np.abs(middle - matrix[:3, 50:51]).sum(0)
+    assert found.min() < 1e-5
+    volumes = halves[LOG_SCALE:OPACITY, found.argmin()].sum() - matrix[LOG_SCALE:OPACITY, 50].sum()
+    assert volumes == pytest.approx(-np.log(SCHEDULE.split_shrink), abs=1e-5)
     assert growth_steps(1000, SCHEDULE)[-1] < 1000
 
 
@@ -130,7 +141,7 @@ def test_a_fit_reports_and_can_be_stopped(views):
     def listen(fraction, text="", preview=None):
         heard.append((fraction, preview))
 
-    fit(views, dataclasses.replace(QUICK, iterations=1500), 0, listen)
+    fit(views, dataclasses.replace(QUICK, iterations=1000), 0, listen)
     fractions = [fraction for fraction, _ in heard]
     assert fractions == sorted(fractions) and len(fractions) > 3 and fractions[-1] <= 1
     pictures = [picture for _, picture in heard if picture is not None]
@@ -155,7 +166,7 @@ def broken(views, **changes):
         (lambda v: broken(v, alpha=np.zeros_like(v.alpha)), "solid"),
         (lambda v: broken(v, images=np.full_like(v.images, np.nan)), "images"),
         (lambda v: broken(v, holdout=np.arange(len(v)) > 0), "too few"),
-        (lambda v: broken(v, alpha=np.stack([np.roll(a, 24 * (i % 3 - 1), i % 2) for i, a in enumerate(v.alpha)])), "enclose nothing"),
+        (lambda v: broken(v, alpha=np.stack([np.where((np.arange(64) < 20) == i % 2, a, 0) for i, a in enumerate(v.alpha)])), "nothing"),
         (lambda v: broken(v, depth=np.zeros_like(v.alpha), normals=np.zeros_like(v.images)), "depth"),
     ],
     ids=["empty", "not numbers", "one view", "views that disagree", "no depth"],

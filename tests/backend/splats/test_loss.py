@@ -4,13 +4,13 @@ import dataclasses
 
 import numpy as np
 import pytest
-import reference
 import torch
 from torch.nn import functional
 
 from backend.splats.loss import Adam, Weights, loss_and_gradients
 from backend.splats.raster_cpu import Rasteriser, pack
 from backend.views.cameras import look_at
+from tests.backend.splats import reference
 
 BACKGROUND = np.array([0.2, 0.9, 0.4], np.float32)
 
@@ -42,20 +42,22 @@ def test_value_and_gradient_are_those_of_autograd(weights, size):
     rasteriser.project(pack(splats), len(splats), view)
     planes = rasteriser.compose()
     target = np.zeros_like(planes)
-    target[:, 16:40, 16 : size[0]] = np.random.default_rng(0).random((5, 24, size[0] - 16))[:, : max(0, size[1] - 16)].repeat(1, 1) if size[1] >= 40 else 0.5
-    target[:, size[1] :], target[:, :, size[0] :] = 0, 0
+    bottom = min(40, size[1])
+    target[:, 16:bottom, 16 : size[0]] = np.random.default_rng(0).random((5, bottom - 16, size[0] - 16))
     target[:3] *= target[3]
     target[4, :, :40] = 0
-    value, gradients = loss_and_gradients(rasteriser, planes, target, (1, 1, rasteriser.tiles_x, min(3, rasteriser.tiles_y)), BACKGROUND, weights)
+    value, gradients = loss_and_gradients(
+        rasteriser, planes, target, (1, 1, rasteriser.tiles_x, min(3, rasteriser.tiles_y)), BACKGROUND, weights
+    )
 
     theirs = torch.tensor(rasteriser.cropped(planes).copy(), dtype=torch.float64, requires_grad=True)
     expected = torch_loss(theirs, torch.tensor(rasteriser.cropped(target).copy(), dtype=torch.float64), weights)
     expected.backward()
     assert value == pytest.approx(expected.item(), rel=2e-5)
-    ours = rasteriser.cropped(gradients).copy()
-    ours[4] -= (ours[:3] * BACKGROUND[:, None, None]).sum(0)  # the background's part is added in the backward pass of the splats
     drawn = np.repeat(np.repeat(np.diff(rasteriser.starts).reshape(rasteriser.tiles_y, -1) > 0, 16, 0), 16, 1)[: size[1], : size[0]]
     assert drawn.any()
+    ours = np.where(drawn, rasteriser.cropped(gradients), 0)  # elsewhere nothing is drawn and no gradient is written
+    ours[4] -= (ours[:3] * BACKGROUND[:, None, None]).sum(0)  # the background's part is added in the backward pass of the splats
     for plane, wanted in zip(ours, theirs.grad.numpy(), strict=True):
         assert np.abs(plane - wanted)[drawn].max() <= 1e-4 * max(np.abs(wanted).max(), 1e-9)
 
@@ -73,7 +75,7 @@ def test_adam_steps_like_torchs():
         for row, gradient in zip(theirs, gradients, strict=True):
             row.grad = torch.tensor(gradient)
         torch_adam.step()
-    assert np.allclose(parameters, np.stack([row.detach().numpy() for row in theirs]), rtol=1e-4, atol=1e-6)
+    assert np.allclose(parameters, np.stack([row.detach().numpy() for row in theirs]), rtol=1e-4, atol=1e-4 * rates[:, None])
 
 
 def test_a_gradient_that_is_not_a_number_moves_nothing():

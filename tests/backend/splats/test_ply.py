@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-import reference
 import trimesh
 
 from backend.splats import ply
 from backend.views.views import Frame
 from protocol.errors import KilnError
+from tests.backend.splats import reference
 
 UNIT = Frame(np.zeros(3), 1.0)
 
