@@ -43,6 +43,7 @@ HANDSHAKE_SECONDS = 5.0  # that a connection may take to prove its key
 STUCK_SECONDS = 60.0  # that a client may take nothing before it is forgotten
 TICK = 0.5  # seconds between looks at the clock
 RETRY = 0.02  # seconds between attempts to reach a client whose pipe is full
+CHUNKS = 64  # of all uploads, and of all downloads, that may be on their way together: 16 MB
 UNSENT = 2000  # answers kept for a client whose pipe is full, nearly all of them refusals
 PIPE = 64  # messages on their way to one client, and from it
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -104,7 +105,7 @@ class _Upload:
 
     def __init__(self, file: Upload, credit: int):
         self.file, self.credit, self.offset, self.size = file, credit, file.offset, file.size
-        self.granted = 0  # chunks written since credit was last given
+        self.unwritten = 0  # chunks that wait for the disk
         self.error: KilnError | None = None
 
 
@@ -113,6 +114,7 @@ class _Download:
 
     def __init__(self, file: Any, offset: int, size: int, credit: int):
         self.file, self.offset, self.size, self.credit = file, offset, size, credit
+        self.untaken = 0  # chunks sent for which the client has not given credit again
 
 
 class Server:
@@ -424,7 +426,14 @@ class Server:
     def _may_send(self, session: _Session) -> bool:
         if session.stuck is not None:
             return False
-        return bool(session.replay) or any(download.credit for download in session.downloads.values())
+        return bool(session.replay) or any(map(self._is_due, session.downloads.values()))
+
+    def _is_due(self, download: _Download) -> bool:
+        return download.credit > 0 and download.untaken < self._share("downloads")
+
+    def _share(self, kind: str) -> int:
+        """Chunks that one transfer may have on its way, of those that all may have together. At least 4: so often clients give credit."""
+        return max(4, min(messages.WINDOW, CHUNKS // max(1, sum(len(getattr(session, kind)) for session in self._sessions.values()))))
 
     def _serve_session(self, session: _Session) -> None:
         """One turn for a client: what waits, then events, then one chunk of each of its downloads."""
@@ -441,7 +450,7 @@ class Server:
             if session.behind and not session.reading and time.monotonic() >= session.read_at:
                 self._read_behind(session)
             for number, download in list(session.downloads.items()):
-                if download.credit and not self._send_chunk(session, number, download):
+                if self._is_due(download) and not self._send_chunk(session, number, download):
                     _hold(session)
                     return
         except zmq.ZMQError:
@@ -468,6 +477,7 @@ class Server:
             return False
         download.offset += len(blob)
         download.credit -= 1
+        download.untaken += 1
         if download.offset == download.size:
             self._end_download(session, number)
         return True
@@ -807,8 +817,8 @@ class Server:
                 self._reply(session, to, done=True)
             else:
                 self._numbers += 1
-                session.uploads[self._numbers] = _Upload(file, messages.WINDOW)
-                self._reply(session, to, done=False, upload=self._numbers, offset=file.offset, credit=messages.WINDOW)
+                upload = session.uploads[self._numbers] = _Upload(file, self._share("uploads"))
+                self._reply(session, to, done=False, upload=self._numbers, offset=file.offset, credit=upload.credit)
 
         self._later(self._files, begin, begun)
 
@@ -817,19 +827,13 @@ class Server:
         upload = session.uploads.get(number)
         if upload is None or upload.error is not None:
             return  # it was refused, and its sender told so, while this chunk was on its way
-        error = None
-        if (
-            blob is None
-            or not upload.credit
-            or take(header, "offset", int) != upload.offset
-            or len(blob.buffer) > upload.size - upload.offset
-        ):
-            error = KilnError(
-                "bad-message", f"A chunk of upload {number} came without credit, out of order or too long.", "SPEC.md, Uploads."
-            )
-            self._fail_upload(session, number, upload, error)
+        room = min(messages.CHUNK_BYTES, upload.size - upload.offset)
+        if blob is None or not upload.credit or take(header, "offset", int) != upload.offset or len(blob.buffer) > room:
+            message = f"A chunk of upload {number} came without credit, out of order or too long."
+            self._fail_upload(session, number, upload, KilnError("bad-message", message, "SPEC.md, Uploads."))
             return
         upload.credit -= 1
+        upload.unwritten += 1
         upload.offset += len(blob.buffer)
 
         def written(_: None, error: KilnError | None) -> None:
@@ -838,11 +842,12 @@ class Server:
             if error is not None:
                 self._fail_upload(session, number, upload, error)
                 return
-            upload.granted += 1
-            if upload.granted >= messages.WINDOW // 4:
-                upload.credit += upload.granted
-                self._send(session, [pack({"type": "credit", "upload": number, "chunks": upload.granted})])
-                upload.granted = 0
+            upload.unwritten -= 1
+            share = self._share("uploads")
+            chunks = share - upload.credit - upload.unwritten
+            if chunks >= share // 4:
+                upload.credit += chunks
+                self._send(session, [pack({"type": "credit", "upload": number, "chunks": chunks})])
 
         self._later(self._files, lambda: upload.file.write(blob.buffer), written)
 
@@ -885,7 +890,9 @@ class Server:
     def _credit(self, session: _Session, header: dict[str, Any], blob: zmq.Frame | None) -> None:
         download = session.downloads.get(take(header, "download", int))
         if download is not None:
-            download.credit = min(download.credit + count(header, "chunks", 1, messages.WINDOW), messages.WINDOW)
+            chunks = count(header, "chunks", 1, messages.WINDOW)
+            download.credit = min(download.credit + chunks, messages.WINDOW)
+            download.untaken = max(download.untaken - chunks, 0)
 
     def _stop_download(self, session: _Session, header: dict[str, Any], blob: zmq.Frame | None) -> None:
         self._end_download(session, take(header, "download", int))

@@ -158,7 +158,7 @@ class Reconstruct:
     seed: int = _number(0, 0, 2**31 - 1, "Start of every random draw: same seed, same device, same result.", advanced=True)
 
 
-RECIPES: dict[str, type] = {recipe.NAME: recipe for recipe in (Reconstruct,)}
+RECIPES: dict[str, Any] = {recipe.NAME: recipe for recipe in (Reconstruct,)}
 
 
 def recipe_named(name: str) -> Any:

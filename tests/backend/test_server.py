@@ -253,7 +253,7 @@ def test_a_job_goes_from_its_inputs_to_its_results(working, tmp_path):
             assert path.stat().st_size == result["size"]
         numbers = steps_recipe.draw(b"hello", 500, 3, 0)
         assert (tmp_path / "out" / "sum.txt").read_text() == f"{float((numbers * 2.0).sum())!r}\n"
-        assert client.status()["device"]["kind"] in ("cpu", "cuda", "rocm", "mps")
+        wait_for(lambda: client.status()["device"]["kind"] in ("cpu", "cuda", "rocm", "mps"), 60)
 
 
 def test_a_running_job_can_be_cancelled_from_another_client(working):

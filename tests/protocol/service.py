@@ -48,7 +48,6 @@ class Service:
         return self
 
     def launch(self) -> None:
-        self.path.unlink(missing_ok=True)
         self.home.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "KILN_HOME": str(self.home)}
         with open(self.home / "log", "ab") as log:

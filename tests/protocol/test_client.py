@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 import socket
 import threading
 import time
@@ -456,6 +457,23 @@ def test_a_client_that_does_not_read_slows_nobody(service, client, tmp_path):
     assert (tmp_path / "back").read_bytes() == content
 
 
+def test_many_transfers_at_once_all_arrive(service):
+    contents = [os.urandom(3_000_000 + number) for number in range(24)]
+    returned: list[bool] = []
+
+    def go_and_come(content: bytes) -> None:
+        with service.client(timeout=60) as client:
+            artifact = client.submit("reconstruct", {}, {"big": content})["inputs"]["big"]
+            returned.append(client.blob(artifact) == content)
+
+    threads = [threading.Thread(target=go_and_come, args=(content,)) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert returned == [True] * len(contents)
+
+
 # -- Events --------------------------------------------------------------------------------------------------------------------------
 
 
@@ -631,18 +649,19 @@ def test_a_backend_that_stays_away_is_named(services):
         assert client.jobs() == []
 
 
+@pytest.mark.skipif(os.name != "posix", reason="stops the process with a signal")
 def test_a_backend_that_hangs_is_named(services, monkeypatch):
     monkeypatch.setattr("protocol.client.PING_AFTER", 0.3)
     monkeypatch.setattr("protocol.client.PING_WAIT", 0.5)
     server = services().start()
     with server.client(patience=0.0) as client:
         client.subscribe()
-        os.kill(server.process.pid, 19)  # SIGSTOP
+        server.process.send_signal(signal.SIGSTOP)
         try:
             with pytest.raises(KilnError) as caught:
                 client.poll(10)
         finally:
-            os.kill(server.process.pid, 18)
+            server.process.send_signal(signal.SIGCONT)
     assert caught.value.code == "unavailable" and "word" in caught.value.message
 
 
