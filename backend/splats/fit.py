@@ -21,7 +21,7 @@ from protocol.errors import KilnError
 
 from .loss import Adam, Weights, loss_and_gradients
 from .model import Splats
-from .raster_cpu import LOG_SCALE, MEAN, OPACITY, QUATERNION, SH, TILE, Rasteriser, columns, pack, unpack
+from .raster_cpu import EMPTY, LOG_SCALE, MEAN, OPACITY, QUATERNION, SH, TILE, Rasteriser, columns, pack, unpack
 from .start import in_hull, on_surface
 
 PAPER = np.array([0.22, 0.22, 0.22], np.float32)  # behind the subject in previews
@@ -246,7 +246,7 @@ def _matrix(values: Float[np.ndarray, "rows n"], empty: float | None = None) -> 
     """Columns padded to whole lanes, with invisible Gaussians (or zeros)."""
     matrix = np.zeros((len(values), columns(values.shape[1])), np.float32)
     if empty is None:
-        matrix[OPACITY] = -30
+        matrix[OPACITY] = EMPTY
         matrix[QUATERNION:LOG_SCALE] = 1
     matrix[:, : values.shape[1]] = values
     return matrix
