@@ -15,8 +15,9 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-COLUMNS = ("splats_psnr", "splats_psnr_white", "mesh_psnr", "mesh_psnr_white", "f1", "f05", "chamfer", "watertight", "hidden", "source_hidden",
-           "faces", "bounds_error", "total_seconds")  # fmt: skip
+COLUMNS = (
+    "splats_psnr splats_psnr_white mesh_psnr mesh_psnr_white f1 f05 chamfer watertight hidden source_hidden faces bounds_error total_seconds"
+).split()
 
 
 def main() -> None:
@@ -38,7 +39,9 @@ def main() -> None:
     for file in files:
         out = a.out / file.stem
         flags = ["--set", f"capture.size={a.size}", "--set", f"capture.views={a.views}", "--preset", a.preset]
-        subprocess.run([sys.executable, str(HERE / "demo.py"), "--object", str(file), "--out", str(out), *flags], check=True, env=os.environ)
+        subprocess.run(
+            [sys.executable, str(HERE / "demo.py"), "--object", str(file), "--out", str(out), *flags], check=True, env=os.environ
+        )
         reports[file.stem] = json.loads((out / "report.json").read_text(encoding="utf-8"))
     print("| asset | " + " | ".join(COLUMNS) + " |\n|---" * 1 + "|---" * len(COLUMNS) + "|")
     for name, report in reports.items():

@@ -1,7 +1,8 @@
 # environment: blender
-"""The main job as an artist has it, without a window: object in, press Generate, asset beside it; then what it is worth, in figures and pictures.
+"""The main job as an artist has it, without a window: an object in, the asset beside it; then what it is worth, in figures and pictures.
 
-Runs the real extension in bpy against a real backend. Leaves mesh.glb, splats.ply, scene.blend, report.json and contact_sheet.png in --out.
+Runs the real extension in bpy against a real backend. Leaves mesh.glb, splats.ply, scene.blend, report.json and contact_sheet.png in
+--out.
 """
 
 from __future__ import annotations
@@ -60,16 +61,16 @@ def main() -> None:
 
     views = views_of(capture, subject, recipe.capture, SCRATCH / "views")
     mesh = capture.subject(bpy.context, objects=[imported.mesh_object])
-    colors = dataclasses.replace(recipe.capture, geometry=False, color="base_color" if recipe.capture.color == "base_color" else recipe.capture.color)
-    views_of(capture, mesh, colors, SCRATCH / "imported", like=views)
+    views_of(capture, mesh, dataclasses.replace(recipe.capture, geometry=False), SCRATCH / "imported", like=views)
     source = a.object if a.object and a.object.suffix == ".glb" else export_source(subjects, SCRATCH / "source.glb")
     report = json.loads((a.out / "report.json").read_text(encoding="utf-8"))
     report["total_seconds"] = round(total, 2)
     (a.out / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     bpy.ops.file.pack_all()
     bpy.ops.wm.save_as_mainfile(filepath=str((a.out / "scene.blend").resolve()), compress=True)
-    sheet = [os.environ["KILN_BACKEND_PYTHON"], "-m", "benchmarks.contact_sheet", str(a.out), "--views", str(SCRATCH / "views"), "--imported", str(SCRATCH / "imported")]
-    subprocess.run([*sheet, "--source", str(source)], check=True, stdout=sys.stdout, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    sheet = [os.environ["KILN_BACKEND_PYTHON"], "-m", "benchmarks.contact_sheet", str(a.out.resolve()), "--source", str(source.resolve())]
+    sheet += ["--views", str(SCRATCH / "views"), "--imported", str(SCRATCH / "imported")]
+    subprocess.run(sheet, check=True, stdout=sys.stdout, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 def blender_prints_to(path: Path) -> None:
@@ -101,7 +102,8 @@ def import_object(path: Path) -> list[bpy.types.Object]:
     IMPORTERS[path.suffix.lower()](str(path.resolve()))
     helpers = [collection for collection in bpy.data.collections if collection.name.startswith("glTF_not_exported")]
     hidden = {thing for collection in helpers for thing in collection.all_objects}
-    found = [thing for thing in bpy.context.scene.objects if thing not in hidden and thing.type in {"MESH", "CURVE", "FONT", "META", "SURFACE"}]
+    surfaces = {"MESH", "CURVE", "FONT", "META", "SURFACE"}
+    found = [thing for thing in bpy.context.scene.objects if thing not in hidden and thing.type in surfaces]
     if not found:
         sys.exit(f"{path.name} holds no object with a surface.")
     return found

@@ -168,7 +168,7 @@ def recipe_named(name: str) -> Any:
     return RECIPES[name]
 
 
-def parameters(recipe: type) -> list[Parameter]:
+def parameters(recipe: Any) -> list[Parameter]:
     """Every parameter of a recipe class, in the order of its definition, under its flat name."""
     found = []
     for entry in dataclasses.fields(recipe):

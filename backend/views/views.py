@@ -98,7 +98,9 @@ def load(folder: Path) -> Views:
         if image.shape != images[0].shape:
             raise KilnError("bad-input", f"{where} has another size than view 0.", "Render all views at one size.")
     if sum(not held for held in holdout) < 3:
-        raise KilnError("bad-input", f"{len(images)} views are too few.", "Give at least 3 views from different sides, 16 or more for a good result.")
+        raise KilnError(
+            "bad-input", f"{len(images)} views are too few.", "Give at least 3 views from different sides, 16 or more for a good result."
+        )
     coverage = np.array([float(alpha.mean()) for alpha in alphas])
     if coverage.max() < 1e-5:
         raise KilnError("bad-input", "All views are empty: alpha is 0 everywhere.", "Check that the object is visible in renders.")
@@ -126,7 +128,9 @@ def _read_table(folder: Path) -> dict:
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise KilnError("bad-input", f"There is no transforms.json in {folder.name}.", "Give a folder of views with their cameras.") from None
+        raise KilnError(
+            "bad-input", f"There is no transforms.json in {folder.name}.", "Give a folder of views with their cameras."
+        ) from None
     except (ValueError, UnicodeDecodeError) as error:
         raise KilnError("bad-input", f"transforms.json is not valid JSON: {error}.", "Write the file again.") from None
     if not isinstance(table, dict) or not isinstance(table.get("frames"), list) or not all(isinstance(f, dict) for f in table["frames"]):
@@ -180,11 +184,15 @@ def _camera(entry: dict, width: int, height: int, where: str) -> Camera:
         fx, fy = focal, float(entry.get("fl_y", focal))
         cx, cy = float(entry.get("cx", width / 2)), float(entry.get("cy", height / 2))
     except (KeyError, TypeError, ValueError) as error:
-        raise KilnError("bad-input", f"{where} has no usable camera: {error}.", "Each frame needs transform_matrix, and fl_x or camera_angle_x.") from None
+        raise KilnError(
+            "bad-input", f"{where} has no usable camera: {error}.", "Each frame needs transform_matrix, and fl_x or camera_angle_x."
+        ) from None
     rotation = matrix[:3, :3] if matrix.shape == (4, 4) else np.zeros((3, 3))
     usable = np.isfinite(matrix).all() and np.isfinite([fx, fy, cx, cy]).all() and fx > 0 and fy > 0
     if not usable or not np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-3):
-        raise KilnError("bad-input", f"{where}: its transform_matrix is not a rotation and a place.", "Write camera-to-world matrices without scale.")
+        raise KilnError(
+            "bad-input", f"{where}: its transform_matrix is not a rotation and a place.", "Write camera-to-world matrices without scale."
+        )
     scale_x, scale_y = width / float(entry.get("w", width)), height / float(entry.get("h", height))
     left, _, right = np.linalg.svd(rotation)  # JSON rounds; camera matrices are inverted by transposing
     matrix[:3, :3] = left @ right
