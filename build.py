@@ -293,12 +293,13 @@ def _loads(library: str) -> bool:
 
 
 def _variables(backend: Path | None = None) -> dict[str, str]:
-    """The process environment for what runs in the environments; compiled numba code and Blender's settings stay inside `.venv`."""
+    """The process environment for what runs in the environments; compiled numba code, jobs and Blender's settings stay in `.venv`."""
     variables = {
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "NUMBA_CACHE_DIR": str(CACHE / "numba"),
         "BLENDER_USER_RESOURCES": str(CACHE / "blender"),
+        "KILN_HOME": os.environ.get("KILN_HOME", str(VENV / "home")),  # demo and benchmarks leave the user's own backend and jobs alone
     }
     (CACHE / "blender").mkdir(parents=True, exist_ok=True)
     if backend:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = (
-    "splats_psnr splats_psnr_white mesh_psnr mesh_psnr_white f1 f05 chamfer watertight hidden source_hidden faces bounds_error total_seconds"
+    "splats_psnr splats_psnr_white mesh_psnr mesh_psnr_white f1 f05 chamfer watertight hidden source_hidden faces bounds_error "
+    "total_seconds"
 ).split()
 
 
