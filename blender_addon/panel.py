@@ -88,6 +88,12 @@ def time_text(seconds: float) -> str:
     return f"{seconds // 60} min {seconds % 60:02d} s" if seconds < 3600 else f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
+def day_text(moment: float) -> str:
+    """The time of today, the day of other days."""
+    then, today = time.localtime(moment), time.localtime()
+    return time.strftime("%H:%M" if then[:3] == today[:3] else "%d %b", then)
+
+
 # Parts
 
 
@@ -95,13 +101,14 @@ def backend_words(backend: dict) -> str:
     if backend["state"] == "running":
         hello = backend["hello"] or {}
         place = f" on {hello.get('host', 'another computer')}" if backend["remote"] else ""
-        return f"Ready{place}: {device_words(hello)}"
+        device = device_words(hello)
+        return f"Ready{place}" + (f": {device}" if device else "")
     return LOOK[backend["state"]][1]
 
 
 def device_words(hello: dict) -> str:
     device = hello.get("device") or {}
-    return device.get("name") or device.get("kind") or "device unknown"
+    return "" if device.get("kind", "unknown") == "unknown" else device.get("name") or device["kind"]
 
 
 def draw_backend(layout, context) -> None:
@@ -137,7 +144,7 @@ def draw_backend(layout, context) -> None:
         for label, words in (("Device", device_words(hello)), ("Kiln", hello.get("version", "")), ("Computer", hello.get("host", ""))):
             split = layout.split(factor=0.32)
             split.label(text=label)
-            split.label(text=words)
+            split.label(text=words or "Not known yet")
     if backend["remote"]:
         split = layout.split(factor=0.32)
         split.label(text="File")
@@ -264,7 +271,7 @@ class KILN_PT_generate(KilnPanel, bpy.types.Panel):
             column.operator("kiln.generate", text="Generate", icon="SHADERFX")
             seconds = now.expected_seconds(settings.recipe, properties.values(group, recipe))
             if seconds:
-                draw_text(layout, context, f"Took {time_text(seconds)} last time with these settings", "TIME")
+                draw_text(layout, context, f"Took up to {time_text(seconds)} with these settings", "TIME")
 
 
 class KILN_UL_jobs(bpy.types.UIList):
@@ -277,7 +284,10 @@ class KILN_UL_jobs(bpy.types.UIList):
         right = row.row()
         right.alignment = "RIGHT"
         right.active = False
-        right.label(text=f"{job.data['fraction'] or 0:.0%}" if job.state == "running" else "" if job.state == "done" else STATES[job.state])
+        if job.state == "running":
+            right.label(text=f"{job.data['fraction'] or 0:.0%}")
+        else:
+            right.label(text=STATES.get(job.state) or day_text(job.data["finished"] or job.data["created"]))
 
     def filter_items(self, context, data, property):
         """Search by title: rows are named by id."""
@@ -323,8 +333,9 @@ class KILN_PT_jobs(KilnPanel, bpy.types.Panel):
         elif state == "queued":
             draw_text(box, context, "Waiting for its turn", "TIME")
         elif state == "done":
+            imported = session.in_file(job)
             took = time_text(data["finished"] - data["started"]) if data["finished"] and data["started"] else ""
-            draw_text(box, context, f"Done in {took}" + (", in the scene" if job.imported else ""), "CHECKMARK")
+            draw_text(box, context, f"Done in {took}" + (", in this file" if imported else ""), "CHECKMARK")
         elif state == "failed":
             draw_error(box, context, KilnError.from_wire(data["error"] or {}), job=data["id"])
         else:
@@ -335,7 +346,7 @@ class KILN_PT_jobs(KilnPanel, bpy.types.Panel):
             row.operator("kiln.cancel_job", icon="X").job = data["id"]
             return
         if state == "done":
-            row.operator("kiln.import_job", text="Import Again" if job.imported else "Import", icon="IMPORT").job = data["id"]
+            row.operator("kiln.import_job", text="Import Again" if imported else "Import", icon="IMPORT").job = data["id"]
         else:
             row.operator("kiln.retry_job", icon="FILE_REFRESH").job = data["id"]
         row.operator("kiln.remove_job", icon="TRASH").job = data["id"]

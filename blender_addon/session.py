@@ -19,7 +19,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import bpy
@@ -44,8 +44,6 @@ class Job:
     transfer: float | None = None  # share of an upload or download under way
     results: Path | None = None  # folder of the downloaded results
     wants_import: bool = False  # bring it in as soon as it is done and Blender is free
-    imported: bool = False
-    started: float = field(default_factory=time.time)  # this computer's clock, for the elapsed time
 
     @property
     def state(self) -> str:
@@ -137,6 +135,7 @@ class Session:
         }  # fmt: skip
         job = Job(shown, file=self.file, picture=picture, transfer=0.0, wants_import=preferences.get().auto_import)
         self.jobs[shown["id"]] = job
+        self._show_picture(job)
 
         def sent(result, error):
             shutil.rmtree(scratch, ignore_errors=True)
@@ -150,6 +149,7 @@ class Session:
                 job.data = known.data if known else result
                 job.picture = known.picture if known and known.picture else picture
                 self.jobs[result["id"]] = job
+                self._show_picture(job)
             self._sync_rows(select=job.data["id"])
 
         ticket = self.ask("submit", sent, recipe=recipe.NAME, values=shown["parameters"], inputs=inputs, title=title, source=source)
@@ -189,6 +189,8 @@ class Session:
 
     def _forget(self, job: Job) -> None:
         self.jobs.pop(job.data["id"], None)
+        if job.data["id"] in self.pictures:
+            del self.pictures[job.data["id"]]
         if job.results:
             shutil.rmtree(job.results, ignore_errors=True)
         self._sync_rows()
@@ -200,7 +202,7 @@ class Session:
             "preset": properties.preset_of(job.data["recipe"], job.data["parameters"]),
         }  # fmt: skip
         imported = import_asset.import_asset(context, job.results, job.data["source"], provenance, {})
-        job.imported, job.wants_import = True, False
+        job.wants_import = False
         shutil.rmtree(job.results, ignore_errors=True)  # the backend keeps them; the file has its own copy now
         job.results = None
         return imported
@@ -284,6 +286,7 @@ class Session:
     def _on_preview(self, job, path) -> None:
         if job in self.jobs:
             self.jobs[job].picture = path
+            self._show_picture(self.jobs[job])
 
     def _on_transfer(self, ticket, fraction) -> None:
         job = self.jobs.get(self._uploads.get(ticket, ""))
@@ -327,6 +330,7 @@ class Session:
 
     def wait(self, ready: Callable[[], bool], report: Callable[[], None] = lambda: None) -> None:
         """Blocks until `ready()`, taking in messages meanwhile: for scripts and `blender -b`, where no timer runs."""
+        self.connect()
         while not ready():
             self.drain()
             report()
@@ -465,20 +469,25 @@ class Session:
 
     def icon(self, job: Job) -> int:
         """Blender's icon number of the job's newest picture, 0 without one."""
-        if job.picture is None:
-            return 0
-        key = str(job.picture)
-        if key not in self.pictures:
-            self.pictures.load(key, key, "IMAGE")
-        return self.pictures[key].icon_id
+        return self.pictures[job.data["id"]].icon_id if job.data["id"] in self.pictures else 0
+
+    def _show_picture(self, job: Job) -> None:
+        """Loads a job's newest picture now: Blender would do it later, and show a wheel meanwhile, twice a second."""
+        name = job.data["id"]
+        if name in self.pictures:
+            del self.pictures[name]
+        if job.picture:
+            self.pictures.load(name, str(job.picture), "IMAGE").image_size[:]
 
     def expected_seconds(self, recipe: str, values: dict) -> float | None:
-        """How long the last job with exactly these parameters took here; None without one: no guess is better than a wrong one."""
-        for job in self.listed():
-            data = job.data
-            if data["state"] == "done" and data["recipe"] == recipe and data["parameters"] == values and data["attempts"] == 1:
-                return data["finished"] - data["started"]
-        return None
+        """The longest that a job with exactly these parameters took here (one that found finished stages took less); None without one:
+        no guess is better than a wrong one."""
+        took = [
+            data["finished"] - data["started"]
+            for data in (job.data for job in self.jobs.values())
+            if data["state"] == "done" and data["attempts"] == 1 and data["recipe"] == recipe and data["parameters"] == values
+        ]
+        return max(took, default=None)
 
 
     def about(self, job: str) -> str:
@@ -684,6 +693,11 @@ def blender_is_free() -> bool:
     if bpy.context.mode != "OBJECT" or any(bpy.app.is_job_running(job) for job in ("RENDER", "OBJECT_BAKE")):
         return False
     return not any(window.modal_operators for window in bpy.context.window_manager.windows)
+
+
+def in_file(job: Job) -> bool:
+    """Whether the open file holds the job's result; undo and redo change that."""
+    return any(collection.get("kiln_job") == job.data["id"] for collection in bpy.data.collections)
 
 
 def main_window() -> bpy.types.Window | None:

@@ -1,5 +1,7 @@
 """What goes wrong before a job exists: each case has its sentence, in the exception and in the panel, and the scene is as it was."""
 
+import errno
+
 import bpy
 import pytest
 from bl_ext.kiln_test.kiln import api, preferences, session
@@ -103,6 +105,17 @@ def test_an_offline_bundle_that_is_none(tmp_path):
     path = tmp_path / "bundle.zip"
     path.write_bytes(b"not a zip")
     assert refused(bpy.ops.kiln.set_up_from_bundle, filepath=str(path))
+
+
+def test_a_disk_that_fills_while_views_are_rendered(some_backend, monkeypatch):
+    def full(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(session.capture.Capture, "step", full)
+    bpy.ops.mesh.primitive_cube_add()
+    assert "The disk is full" in refused(bpy.ops.kiln.generate)
+    assert not list(session.current.folder.glob("views-*")), "rendered views are left behind"
+    assert session.current.capture is None
 
 
 def test_parameters_come_from_the_call_over_the_preset_over_the_panel(monkeypatch):
