@@ -9,15 +9,25 @@ from backend.mesh.extract import extract
 from backend.pipelines.asset import Asset, measure
 from backend.pipelines.run import Run
 from backend.splats.fit import fit
-from backend.views.views import load
+from backend.views.ball import ball
+from backend.views.views import Views, load
 from protocol import recipes
 
 
 def reconstruct(run: Run, folder: Path, p: recipes.Reconstruct) -> Asset:
     """The asset of the views in `folder` (SPEC.md, "Views")."""
-    views = load(folder)
+    return from_views(run, load(folder), p)
+
+
+def from_views(run: Run, views: Views, p: recipes.Reconstruct) -> Asset:
     splats = run.stage("Fit splats", fit, views, p.fit, p.seed)
     surface = run.stage("Extract surface", extract, splats, views, p.surface)
     mesh = run.stage("Bake texture", bake, surface, splats, views, p.texture)
     scores = run.stage("Measure", measure, mesh, splats, views)
     return Asset(mesh, splats, views.frame, scores, run.report(p))
+
+
+def warm_up() -> None:
+    """Compiles what the CPU path runs, or loads it from the cache of compiled code, by reconstructing a small ball."""
+    smallest = {"fit.splats": 500, "fit.iterations": 50, "surface.grid": 32, "surface.faces": 200, "texture.size": 64}
+    from_views(Run(), ball(size=48, count=8), recipes.make("reconstruct", smallest))
