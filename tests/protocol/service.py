@@ -88,11 +88,12 @@ class Service:
 class Peer:
     """A client by hand: sends any frames, sees every frame."""
 
-    def __init__(self, connection: Connection, hello: bool = True, curve: bool = True, receive: int = 1000):
+    def __init__(self, connection: Connection, hello: bool = True, curve: bool = True, receive: int = 1000, buffer: int = -1):
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.DEALER)
         self.socket.setsockopt(zmq.LINGER, 0)
         self.socket.setsockopt(zmq.RCVHWM, receive)
+        self.socket.setsockopt(zmq.RCVBUF, buffer)
         if curve:
             self.socket.setsockopt(zmq.CURVE_SERVERKEY, connection.server_key.encode())
             self.socket.setsockopt(zmq.CURVE_PUBLICKEY, connection.client_key.encode())

@@ -569,6 +569,97 @@ def test_a_client_that_slept_gets_every_event_once(service, client):
         assert numbers(heard, job) == list(range(1, 32))
 
 
+NARROW = """
+import zmq, backend.server
+backend.server.PIPE = 2
+make = zmq.Context.socket
+def narrow(self, *arguments, **options):
+    made = make(self, *arguments, **options)
+    made.setsockopt(zmq.SNDBUF, 4096)
+    return made
+zmq.Context.socket = narrow
+"""
+
+
+def test_events_that_fit_into_no_pipe_come_from_the_store(services):
+    """A subscriber that reads nothing behind a connection that holds little: what happens meanwhile comes when it reads."""
+    server = services(before=NARROW).start()
+    with server.client() as client, Peer(server.connection(), receive=1, buffer=4096) as peer:
+        peer.ask("subscribe", all=True)
+        jobs = [submit(client)["id"] for _ in range(10)]
+        for _ in range(20):
+            for job in jobs:
+                client.cancel(job)
+                client.retry(job)
+        late = submit(client)["id"]
+        heard = []
+        while message := peer.receive(2.0):
+            heard += [message[0]["event"]] if message[0]["type"] == "event" else []
+        assert client.events(jobs[0])[-1]["number"] == 41
+    for job in jobs:
+        assert numbers(heard, job) == list(range(1, 42))
+    assert numbers(heard, late) == [1]
+
+
+def test_what_happens_while_a_subscription_is_made_is_not_lost(services):
+    slow = """
+import time, backend.store
+read = backend.store.Store.last_number
+def slowly(self, job):
+    number = read(self, job)
+    if hasattr(self, "started"):
+        time.sleep(0.7)
+    return number
+backend.store.Store.last_number = slowly
+import backend.server
+start = backend.server.Jobs.start
+def begin(self):
+    start(self)
+    self.store.started = True
+backend.server.Jobs.start = begin
+"""
+    server = services(before=slow).start()
+    with server.client() as client, server.client() as listener:
+        old = submit(client)["id"]
+        listener.hello()
+        made: list[str] = []
+
+        def meanwhile():
+            time.sleep(0.3)
+            with server.client() as other:
+                other.cancel(old)
+                made.append(submit(other)["id"])
+
+        thread = threading.Thread(target=meanwhile)
+        thread.start()
+        start = time.monotonic()
+        listener.subscribe()
+        assert time.monotonic() - start > 0.6  # else this shows nothing
+        thread.join()
+        heard = gather(listener, made[0], 1)
+    assert numbers(heard, old) == [2] and numbers(heard, made[0]) == [1]
+
+
+def test_an_event_that_comes_twice_is_told_once(services):
+    stutter = """
+from backend.server import Server
+put = Server._put
+def twice(self, identity, frames):
+    if b"event" in frames[0][:20]:
+        put(self, identity, frames)
+    return put(self, identity, frames)
+Server._put = twice
+"""
+    server = services(before=stutter).start()
+    with server.client() as client, server.peer() as peer:
+        client.subscribe()
+        peer.ask("subscribe", all=True)
+        job = submit(client)["id"]
+        client.cancel(job)
+        assert numbers(gather(client, job, 2), job) == [1, 2]
+        assert [peer.receive()[0]["event"]["number"] for _ in range(4)] == [1, 1, 2, 2]
+
+
 def test_more_events_than_the_client_keeps_are_asked_for_again(service, client, monkeypatch):
     monkeypatch.setattr("protocol.client.MOST_EVENTS", 5)
     with service.client() as listener:
