@@ -24,6 +24,7 @@ from protocol import recipes
 BEST = 4  # views blended in a texel
 SLACK = 0.012  # unit frame: what lies this much behind the depth seen is still taken for the same surface
 UNCLEAN = 1e-3  # weight of a pixel at a silhouette or a step in depth: used where nothing else saw the place
+BEND = 2.0  # pixel sizes: a larger second difference of depth is a step between two surfaces
 SWEEPS = 16  # of the solver; more of them sharpen noise
 RAYS = 12_000_000  # the solver's memory: 20 bytes each
 
@@ -48,8 +49,11 @@ def bake(mesh: Mesh, splats: Splats, views: Views, p: recipes.Texture, progress:
         depths[i] = raster.depth(mesh, camera)[0]
         given = None if seen.depth is None else seen.depth[i]
         if given is not None:  # what stands before the mesh in the view hides it, even if the mesh has no such part
-            depths[i] = np.where((given > 0) & (given < depths[i]), given, depths[i])
+            hidden = (given > 0) & (given < depths[i] - SLACK)
+            depths[i][hidden] = given[hidden]
         clean[i] = _clean(depths[i], seen.alpha[i], given, camera.fx)
+        if given is not None:
+            clean[i] &= ~hidden
     light = linear_from_srgb(seen.images)
     poses = np.stack([camera.camera_from_world for camera in seen.cameras])
     lenses = np.array([[camera.fx, camera.fy, camera.cx, camera.cy] for camera in seen.cameras])
@@ -115,11 +119,18 @@ def _clean(
     depth: Float[np.ndarray, "h w"], alpha: Float[np.ndarray, "h w"], given: Float[np.ndarray, "h w"] | None, focal: float
 ) -> Bool[np.ndarray, "h w"]:
     """Pixels whose neighbourhood shows one surface of the mesh, no background, and the depth that the view itself has."""
-    near = minimum_filter(np.where(depth > 0, depth, 0), 3)
-    far = maximum_filter(depth, 3)
-    clean = (near > 0) & (far - near < 12 * far / focal + SLACK) & (minimum_filter(alpha, 3) > 0.98)
+    height, width = depth.shape
+    framed = np.pad(depth, 1)
+
+    def shifted(rows: int, columns: int):
+        return framed[1 + rows : 1 + rows + height, 1 + columns : 1 + columns + width]
+
+    clean = (minimum_filter(depth, 3) > 0) & (minimum_filter(alpha, 3) > 0.98)
+    for rows, columns in ((0, 1), (1, 0), (1, 1), (1, -1)):  # a step bends the line through a pixel's neighbours, a slope does not
+        clean &= np.abs(shifted(rows, columns) + shifted(-rows, -columns) - 2 * depth) < BEND * depth / focal
     if given is not None:
-        clean &= (given > 0) & (np.abs(given - depth) < SLACK + 2 * (far - near))
+        steep = maximum_filter(depth, 3) - minimum_filter(depth, 3)
+        clean &= (given > 0) & (np.abs(given - depth) < SLACK + steep)
     return clean
 
 

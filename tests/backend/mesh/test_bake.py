@@ -57,8 +57,7 @@ def test_what_stands_before_does_not_bleed_into_what_is_behind():
     uv = mesh.uv[mesh.faces].mean(1)
     texel = mesh.base_color[((1 - uv[:, 1]) * 256).astype(int), (uv[:, 0] * 256).astype(int)] / 255
     facing = place[:, 0] > 0.2
-    # Behind the ball a few texels are seen along its very edge alone, where each pixel shows both
-    assert (texel[facing, 0] > 0.1).mean() < 0.01 and (texel[facing, 2] < 0.9).mean() < 0.01
+    assert texel[facing, 0].max() < 0.1 and texel[facing, 2].min() > 0.9
 
 
 def test_no_background_creeps_in_at_silhouettes():
