@@ -25,7 +25,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +77,7 @@ class Link(threading.Thread):
         self._where = where
         self._pictures = pictures  # previews are written here, for Blender to load
         self._closing = threading.Event()
+        self._stop_at_end = False
         self._waiting: list[tuple[int, str, dict]] = []  # orders held until the backend answers
         self._client: client.Client | None = None
         self._process: subprocess.Popen | None = None
@@ -97,8 +98,7 @@ class Link(threading.Thread):
 
     def close(self, stop_backend: bool = False, timeout: float = 3.0) -> None:
         """Ends the thread. The backend goes on until its queue is empty, unless it is told to stop."""
-        if stop_backend:
-            self._orders.put((0, "stop", {}))
+        self._stop_at_end = stop_backend
         self._closing.set()
         self._orders.put((0, "wake", {}))
         if self.is_alive():
@@ -120,10 +120,9 @@ class Link(threading.Thread):
                 traceback.print_exc()
                 self._lose(KilnError("internal", f"Kiln's link to the backend failed: {error!r}.", traceback.format_exc(limit=3)))
         if self._client is not None:
-            try:
-                self._obey()
-            except KilnError:
-                pass  # the last order is to stop a backend that is gone already
+            with suppress(KilnError):  # it is gone already
+                if self._stop_at_end:
+                    self._client.shutdown()
             self._client.close()
 
     def _tell(self, kind: str, **values) -> None:

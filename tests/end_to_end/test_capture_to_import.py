@@ -11,8 +11,8 @@ import addon_utils
 import bpy
 import numpy as np
 import pytest
-from bl_ext.kiln_test.kiln import api, session
-from bl_ext.kiln_test.kiln.protocol import connection
+from bl_ext.kiln_test.kiln import api, preferences, session
+from bl_ext.kiln_test.kiln.protocol import client, connection
 from bl_ext.kiln_test.kiln.protocol.errors import KilnError
 from mathutils import Matrix
 
@@ -179,3 +179,48 @@ def test_a_backend_that_cannot_start_says_so_with_its_last_words(monkeypatch, tm
     monkeypatch.undo()
     session.current._look_again = 0.0
     session.current.connect()
+
+
+def test_after_blender_has_closed_the_backend_finishes_the_job_and_the_next_blender_finds_it():
+    subject()
+    now, job = start(fit_iterations=100)
+    until(now, lambda: job.state == "running")
+    addon_utils.disable(MODULE)
+    with client.Client(connection.Connection.load(connection.default_path())) as other:
+        assert [event["kind"] for event in other.watch(job.data["id"], timeout=90)][-1] == "done"
+    addon_utils.enable(MODULE)
+    session.current.need_jobs()
+    assert session.current.jobs[job.data["id"]].state == "done"
+
+
+def test_where_closing_blender_stops_the_backend_the_next_one_goes_on_with_the_job():
+    subject()
+    now, job = start(fit_iterations=300)
+    until(now, lambda: job.state == "running" and job.data["stage"])
+    pid = connection.Connection.load(connection.default_path()).pid
+    preferences.get().on_close = "STOP"
+    try:
+        addon_utils.disable(MODULE)
+        end = time.monotonic() + 10
+        while connection.default_path().exists():
+            assert time.monotonic() < end, "the backend goes on"
+            time.sleep(0.05)
+        addon_utils.enable(MODULE)
+    finally:
+        preferences.get().on_close = "FINISH"
+    session.current.need_jobs()
+    again = session.current.jobs[job.data["id"]]
+    session.current.wait_for_results(again)
+    assert again.state == "done"
+    assert connection.Connection.load(connection.default_path()).pid != pid
+
+
+def test_a_backend_that_another_blender_stopped_stays_stopped():
+    bpy.ops.kiln.start_backend()
+    now = session.current
+    with client.Client(connection.Connection.load(connection.default_path())) as other:
+        other.shutdown()
+    until(now, lambda: now.backend["state"] == "stopped", 15)
+    time.sleep(1.5)
+    now.drain()
+    assert now.backend["state"] == "stopped" and not now.notices
