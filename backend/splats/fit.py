@@ -215,7 +215,9 @@ def _fit_on_cpu(views: Views, p: recipes.Fit, seed: int, progress: Progress, sch
     shown = reported = time.monotonic()
     for step in range(p.iterations):
         index = orders.next()
-        background = random.random(3, dtype=np.float32) if p.random_background else np.zeros(3, np.float32)
+        # Every other step is on black; the random colours in between are enough to keep splats from imitating a background.
+        plain = step % 2 == 1 or not p.random_background
+        background = np.zeros(3, np.float32) if plain else random.random(3, dtype=np.float32)
         rasteriser.project(parameters, count, views.cameras[index])
         loss, plane_gradients = loss_and_gradients(rasteriser, rasteriser.compose(), *targets[index], background, weights)
         if not np.isfinite(loss):

@@ -122,7 +122,7 @@ def _cameras(cameras: list[Camera], device):
     import torch
 
     views = np.stack([camera.camera_from_world for camera in cameras])
-    lenses = np.stack([[[c.fx, 0, c.cx], [0, c.fy, c.cy], [0, 0, 1]] for c in cameras])
+    lenses = np.array([[[c.fx, 0, c.cx], [0, c.fy, c.cy], [0, 0, 1]] for c in cameras])
     return torch.tensor(views, dtype=torch.float32, device=device), torch.tensor(lenses, dtype=torch.float32, device=device)
 
 
@@ -200,7 +200,9 @@ def _fit(torch, device, views, p, seed, progress, schedule, shared, unpack) -> S
     for step in range(p.iterations):
         chosen = [orders.next() for _ in range(min(VIEWS_A_STEP, len(views)))]
         color, depth, alpha, centres = draw(torch.cat(parts, 1), (every_view[chosen], every_lens[chosen]), width, height, p.sh_degree)
-        background = torch.rand(len(chosen), 1, 1, 3, device=device) if p.random_background else torch.zeros(1, 1, 1, 3, device=device)
+        background = torch.rand(len(chosen), 1, 1, 3, device=device)
+        if step % 2 == 1 or not p.random_background:
+            background.zero_()
         picture = color + (1 - alpha[..., None]) * background
         truth = targets[chosen] + (1 - alphas[chosen][..., None]) * background
         loss = (1 - p.ssim_weight) * (picture - truth).abs().mean() + p.alpha_weight * (alpha - alphas[chosen]).abs().mean()

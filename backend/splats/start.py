@@ -21,13 +21,11 @@ FLATNESS = 0.25  # thickness of a surface splat by its extent
 
 def on_surface(views: Views, count: int, sh_degree: int, random: np.random.Generator) -> Splats:
     """Flat Gaussians on the surface that depth and normals of all views show, at most `count`, evenly spread."""
-    points, colors, normals = [], [], []
+    found: list[tuple] = []
     for i, camera in enumerate(views.cameras):
         solid = (views.alpha[i] > SOLID) & (views.depth[i] > 0)
-        points.append(camera.unproject(views.depth[i])[solid])
-        colors.append(views.images[i][solid])
-        normals.append(views.normals[i][solid])
-    points, colors, normals = (np.concatenate(part) for part in (points, colors, normals))
+        found.append((camera.unproject(views.depth[i])[solid], views.images[i][solid], views.normals[i][solid]))
+    points, colors, normals = (np.concatenate(part) for part in zip(*found, strict=True))
     if len(points) == 0:
         raise KilnError("bad-input", "No view has depth where its alpha shows the subject.", "Capture the views again.")
     thinned = _thin(points, count)
