@@ -115,14 +115,14 @@ def _collapse_edges(vertices, faces, target):
             following[3 * f + k] = first[faces[f, k]]
             first[faces[f, k]] = 3 * f + k
     version = np.zeros(count, np.int64)
-    heap = [(0.0, 0, 0, 0, 0)]
+    heap = [(0.0, 0, 0, 0, 0)]  # cost, two vertices, their versions; the entry tells the compiler the types
     heap.clear()
     for f in range(len(faces)):
         for k in range(3):
             a, b = faces[f, k], faces[f, (k + 1) % 3]
             if a < b:  # a closed surface has each edge once in either direction
                 cost, _, _, _ = _best_place(quadrics[a] + quadrics[b], vertices[a], vertices[b])
-                heap.append((cost, np.int64(a), np.int64(b), 0, 0))
+                heap.append((cost, int(a), int(b), 0, 0))
     heapq.heapify(heap)
     left = len(faces)
     at_a, at_b = np.empty(VALENCE + 1, np.int64), np.empty(VALENCE + 1, np.int64)
@@ -183,8 +183,8 @@ def _collapse_edges(vertices, faces, target):
         around_a = _around(a, first, following, faces, alive, at_a)
         for n in range(around_a):
             # Its neighbours' costs do not change with a's place, only the edges at a
-            x = faces[at_a[n] // 3, (at_a[n] % 3 + 1) % 3]
-            low, high = min(a, np.int64(x)), max(a, np.int64(x))
+            x = int(faces[at_a[n] // 3, (at_a[n] % 3 + 1) % 3])
+            low, high = min(a, x), max(a, x)
             cost, _, _, _ = _best_place(quadrics[low] + quadrics[high], vertices[low], vertices[high])
-            heapq.heappush(heap, (cost, low, high, version[low], version[high]))
+            heapq.heappush(heap, (cost, low, high, int(version[low]), int(version[high])))
     return alive

@@ -136,11 +136,11 @@ def _prepare(depth, alpha, fx, fy):
         for c in range(width):
             if depth[r, c] > 0:
                 inverse[r, c] = 1 / depth[r, c]
-            most = np.float32(0)
+            most = FAINTEST
             for i in range(max(0, r - 1), min(height, r + 2)):
                 for j in range(max(0, c - 1), min(width, c + 2)):
-                    most = max(most, alpha[i, j])
-            rim[1, r, c] = max(most, FAINTEST) / 2
+                    most = max(most, float(alpha[i, j]))
+            rim[1, r, c] = most / 2
     for r in range(height - 1):
         for c in range(width - 1):
             near, far, hits, faint = np.inf, 0.0, 0, 0
