@@ -51,7 +51,7 @@ def draw_text(layout, context, text: str, icon: str = "NONE", indent: float = 0.
     """A sentence over as many lines as the region's width needs."""
     scale = context.preferences.system.ui_scale
     blf.size(0, context.preferences.ui_styles[0].widget.points * scale)
-    margin = (52 + indent + (34 if icon != "NONE" else 0)) * scale  # panel edges, box edges, scroll bar, icon
+    margin = (52 + indent + (46 if icon != "NONE" else 0)) * scale  # panel edges, box edges, scroll bar, icon
     width = max(context.region.width - margin, 80 * scale)
     column = layout.column(align=True)
     for number, line in enumerate(wrapped(text, width, lambda words: blf.dimensions(0, words)[0])):
