@@ -212,7 +212,8 @@ def _fit_on_cpu(views: Views, p: recipes.Fit, seed: int, progress: Progress, sch
     gradients = np.zeros_like(parameters)
     pull, seen = np.zeros(count), np.zeros(count)
     orders, rounds, loss = Orders(len(views), random), set(growth_steps(p.iterations, schedule)), 0.0
-    shown = reported = time.monotonic()
+    reported = time.monotonic()
+    shown = reported - PREVIEW_EVERY  # the first report has a picture
     for step in range(p.iterations):
         index = orders.next()
         # Every other step is on black; the random colours in between are enough to keep splats from imitating a background.

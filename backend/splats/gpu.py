@@ -196,7 +196,8 @@ def _fit(torch, device, views, p, seed, progress, schedule, shared, unpack) -> S
     count = len(parts[0])
     pull, seen = torch.zeros(count, device=device), torch.zeros(count, device=device)
     orders, rounds = shared.Orders(len(views), random), set(shared.growth_steps(p.iterations, schedule))
-    shown = reported = time.monotonic()
+    reported = time.monotonic()
+    shown = reported - shared.PREVIEW_EVERY
     for step in range(p.iterations):
         chosen = [orders.next() for _ in range(min(VIEWS_A_STEP, len(views)))]
         color, depth, alpha, centres = draw(torch.cat(parts, 1), (every_view[chosen], every_lens[chosen]), width, height, p.sh_degree)

@@ -135,13 +135,14 @@ def test_growth_removes_what_is_useless_and_splits_what_is_pulled_hardest():
     assert growth_steps(1000, SCHEDULE)[-1] < 1000
 
 
-def test_a_fit_reports_and_can_be_stopped(views):
+def test_a_fit_reports_and_can_be_stopped(views, monkeypatch):
+    monkeypatch.setattr("backend.splats.fit.REPORT_EVERY", 0.05)  # seconds; a small fit is over in one
     heard = []
 
     def listen(fraction, text="", preview=None):
         heard.append((fraction, preview))
 
-    fit(views, dataclasses.replace(QUICK, iterations=1000), 0, listen)
+    fit(views, QUICK, 0, listen)
     fractions = [fraction for fraction, _ in heard]
     assert fractions == sorted(fractions) and len(fractions) > 3 and fractions[-1] <= 1
     pictures = [picture for _, picture in heard if picture is not None]
