@@ -15,8 +15,7 @@ SOLID = 0.5  # alpha from which a pixel belongs to the subject
 HULL_GRID = 96  # cells along each side of the hull's grid
 VOTES = 0.9  # share of the views whose silhouette must hold a cell: they may disagree a little
 OPACITY = 0.3  # at the start, so that splats behind others get gradients
-SURFACE_OPACITY = 0.5
-FLATNESS = 0.25  # thickness of a surface splat by its extent
+FLATNESS = 0.5  # thickness of a surface splat by its extent
 
 
 def on_surface(views: Views, count: int, sh_degree: int, random: np.random.Generator) -> Splats:
@@ -38,7 +37,7 @@ def on_surface(views: Views, count: int, sh_degree: int, random: np.random.Gener
         points, colors, normals = points[kept], colors[kept], normals[kept]
     spacing = _spacing(points)
     scales = np.stack([spacing, spacing, FLATNESS * spacing], 1)
-    return _splats(points, _quaternions_to(normals), scales, SURFACE_OPACITY, colors, sh_degree)
+    return _splats(points, _quaternions_to(normals), scales, OPACITY, colors, sh_degree)
 
 
 def in_hull(views: Views, count: int, sh_degree: int, random: np.random.Generator) -> Splats:
