@@ -107,15 +107,17 @@ class Fit:
     )
     ssim_weight: float = _number(0.2, 0.0, 1.0, "Share of structural similarity in the colour loss; the rest is L1.", advanced=True)
     alpha_weight: float = _number(0.5, 0.0, 100.0, "Weight of the silhouette's L1 loss.", advanced=True)
-    depth_weight: float = _number(0.5, 0.0, 100.0, "Weight of the depth's L1 loss, where views have depth.", advanced=True)
-    random_background: bool = _flag(True, "Compose each step on another plain colour, so that no splat imitates the background.", True)
+    depth_weight: float = _number(0.1, 0.0, 100.0, "Weight of the depth's L1 loss, where views have depth.", advanced=True)
+    random_background: bool = _flag(
+        True, "Compose every second step on another plain colour, the rest on black, so that no splat imitates the background.", True
+    )
 
 
 @dataclass(frozen=True)
 class Surface:
     """A closed mesh from splats: visibility decides inside and outside, splats and depth place the surface, marching cubes."""
 
-    grid: int = _number(160, 32, 512, "Cells along the longest side of the marching-cubes grid.")
+    grid: int = _number(224, 32, 512, "Cells along the longest side of the marching-cubes grid.")
     faces: int = _number(20_000, 100, 2_000_000, "Triangles of the finished mesh, at most.")
     smoothing: int = _number(10, 0, 200, "Taubin smoothing passes; they do not shrink the object.", advanced=True)
     smallest_piece: float = _number(
@@ -142,12 +144,12 @@ class Reconstruct:
     PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
         "draft": {
             "capture.views": 16, "capture.size": 256, "fit.splats": 8000, "fit.iterations": 300,
-            "surface.grid": 96, "surface.faces": 5000, "texture.size": 512,
+            "surface.grid": 112, "surface.faces": 5000, "texture.size": 512,
         },
         "standard": {},
         "high": {
             "capture.views": 48, "capture.size": 1024, "fit.splats": 60_000, "fit.iterations": 3000,
-            "surface.grid": 256, "surface.faces": 80_000, "texture.size": 2048,
+            "surface.grid": 384, "surface.faces": 80_000, "texture.size": 2048,
         },
     }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from backend.progress import Progress, silent
 from backend.splats import ply
 from backend.splats.model import Splats
 from backend.splats.render import render
+from backend.views.cameras import look_at
 from backend.views.views import Frame, Views
 
 SHOWN = 6  # columns of the comparison picture
@@ -30,6 +32,7 @@ class Scores:
 
     figures: dict[str, Any]
     comparison: UInt8[np.ndarray, "h w 3"]  # rows: views, splats, mesh
+    preview: UInt8[np.ndarray, "h w 4"]  # the mesh from the front and a little from above, straight alpha
 
 
 @dataclass(frozen=True)
@@ -41,10 +44,11 @@ class Asset:
     report: dict[str, Any]
 
     def save(self, folder: Path) -> None:
-        """mesh.glb (metres, Y up), splats.ply (3DGS layout, metres, Z up), report.json, comparison.png: every result of the job."""
+        """mesh.glb (metres, Y up), splats.ply (3DGS layout, metres, Z up), report.json, comparison.png, preview.png: every result."""
         glb.save(folder / "mesh.glb", self.mesh, self.frame, "mesh")
         ply.save(folder / "splats.ply", self.splats, self.frame)
         Image.fromarray(self.scores.comparison).save(folder / "comparison.png")
+        Image.fromarray(self.scores.preview).save(folder / "preview.png")
         report = {**self.report, **self.scores.figures}
         (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
 
@@ -75,9 +79,25 @@ def measure(mesh: TexturedMesh, splats: Splats, views: Views, progress: Progress
         "faces": len(mesh.faces),
         **{name: round(float(np.mean(values)), 3) if views.holdout.any() else None for name, values in errors.items()},
     }
-    return Scores(figures, _sheet([row[:SHOWN] for row in rows.values()]))
+    return Scores(figures, _sheet([row[:SHOWN] for row in rows.values()]), _preview(mesh))
+
+
+def _preview(mesh: TexturedMesh) -> UInt8[np.ndarray, "h w 4"]:
+    """For asset browsers and lists."""
+    field_of_view = math.radians(30)
+    front = np.array([0.45, -0.8, 0.4]) / np.linalg.norm([0.45, -0.8, 0.4])
+    centre = (mesh.vertices.min(0) + mesh.vertices.max(0)) / 2
+    radius = float(np.linalg.norm(mesh.vertices - centre, axis=1).max())
+    camera = look_at(centre + front * radius / math.sin(field_of_view / 2), centre, 256, field_of_view)
+    color, alpha = raster.render(mesh, camera)
+    straight = color / np.maximum(alpha[..., None], 1e-3)
+    return _bytes(np.dstack([straight, alpha]))
 
 
 def _sheet(rows: list[list[Float[np.ndarray, "h w 3"]]]) -> UInt8[np.ndarray, "h w 3"]:
     picture = np.concatenate([np.concatenate(row, 1) for row in rows], 0)
+    return _bytes(picture)
+
+
+def _bytes(picture: np.ndarray) -> np.ndarray:
     return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
