@@ -130,7 +130,7 @@ class Client:
         for attempt in (1, 2):
             self.upload({hash: (size, content) for hash, size, content in contents.values()}, progress)
             try:
-                return self._request("submit", id=id, **fields)["job"]
+                return _job(self._request("submit", id=id, **fields)["job"])
             except KilnError as error:
                 if error.code != "no-artifact" or attempt == 2:  # once more: the store was cleaned in between
                     raise
@@ -144,13 +144,13 @@ class Client:
             page = self._request("jobs", after=after)
             if after and page["first"]:  # the job that the last page ended with is gone: from the start
                 found.clear()
-            found.update((job["id"], job) for job in page["jobs"])
+            found.update((job["id"], _job(job)) for job in page["jobs"])
             if not page["more"]:
                 return list(found.values())
             after = page["jobs"][-1]["id"]
 
     def job(self, id: str) -> dict[str, Any]:
-        return self._request("job", job=id)["job"]
+        return _job(self._request("job", job=id)["job"])
 
     def events(self, id: str, after: int = 0) -> list[dict[str, Any]]:
         """The job's stored events with numbers above `after`."""
@@ -163,10 +163,10 @@ class Client:
             after = found[-1]["number"]
 
     def cancel(self, id: str) -> dict[str, Any]:
-        return self._request("cancel", job=id)["job"]
+        return _job(self._request("cancel", job=id)["job"])
 
     def retry(self, id: str) -> dict[str, Any]:
-        return self._request("retry", job=id)["job"]
+        return _job(self._request("retry", job=id)["job"])
 
     def remove(self, id: str) -> None:
         tries = []
@@ -349,7 +349,11 @@ class Client:
                 self._send({"type": "chunk", "upload": number, "offset": offset}, blob)
                 upload["credit"] -= 1
                 offset += len(blob)
-                report(offset)
+                try:
+                    report(offset)
+                except BaseException:  # given up: a new connection has the backend close the unfinished file, and keep it
+                    self._disconnect()
+                    raise
                 while self._take_next(0.0):
                     pass
         if upload["error"] is not None:
@@ -626,7 +630,7 @@ class Client:
                 raise _Lost(error.message, error.hint)
 
     def _take_event(self, event: dict[str, Any]) -> None:
-        job, number = event["job"], event["number"]
+        job, number = _job_id(event["job"]), event["number"]
         if job not in self._numbers and not self._subscribed or number <= self._numbers.get(job, 0):
             return
         if len(self._events) >= MOST_EVENTS:
@@ -681,6 +685,18 @@ def _content(name: str, content: Path | bytes) -> tuple[str, int, Path | bytes]:
             return hashlib.file_digest(file, "sha256").hexdigest(), os.fstat(file.fileno()).st_size, Path(content)
     except OSError as error:
         raise KilnError("bad-input", f"The input {name} cannot be read: {error.strerror or error}.", f"Check the file {content}.") from None
+
+
+def _job(job: dict[str, Any]) -> dict[str, Any]:
+    _job_id(job["id"])
+    return job
+
+
+def _job_id(id: Any) -> str:
+    """A job's id as the backend tells it: clients name files and folders by it, so it must not lead anywhere else."""
+    if not isinstance(id, str) or not re.fullmatch("[0-9A-Za-z-]{1,64}", id):
+        raise KilnError("bad-message", f"The backend names a job {str(id)[:80]!r}, which is no job's id.", "Update Kiln on both sides.")
+    return id
 
 
 def _check_hash(artifact: str) -> None:

@@ -36,7 +36,8 @@ class Parameter:
 
     @property
     def label(self) -> str:
-        return self.name.rpartition(".")[2].replace("_", " ").capitalize()
+        words = self.name.rpartition(".")[2].replace("_", " ").capitalize()
+        return words.replace("Sh ", "SH ").replace("Ssim", "SSIM")  # spherical harmonics, structural similarity
 
     def check(self, value: Any) -> Any:
         """The value in this parameter's type, or a `KilnError` that names the parameter, the value and what is allowed."""
