@@ -9,6 +9,7 @@ and reads what it tells from one queue (`told`), also plain values:
     {"kind": "event", "event": {...}}                                            stage, progress, log
     {"kind": "preview", "job": id, "path": file}                                 a new picture of a job
     {"kind": "transfer", "ticket": n, "fraction": f}                             how far an upload or a download is
+    {"kind": "trouble", "error": {...}}                                          something that is in no order's answer
     {"kind": "answer", "ticket": n, "order": name, "result": ..., "error": ...}  exactly one for each order
 
 Backend states: missing (not set up) · stopped · starting · running · unreachable (a remote one is silent) · failed (gave up restarting).
@@ -19,6 +20,7 @@ from __future__ import annotations
 import itertools
 import os
 import queue
+import re
 import subprocess
 import sys
 import threading
@@ -30,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .protocol import client, connection
+from .protocol.client import FINAL
 from .protocol.errors import KilnError
 
 RESTART_AFTER = (0.5, 2.0, 5.0, 15.0)  # seconds before each new attempt to keep a backend up that died; then it stays down and says why
@@ -42,17 +45,20 @@ LOG_TAIL = 40  # lines of the backend's log shown with an error
 STOPPED = KilnError("backend-stopped", "The backend is stopped.", "Press Start in the Kiln tab.")
 PATIENCE = 0.5  # seconds that a lost connection is tried again before the backend counts as gone
 GONE = ("unavailable", "refused")  # errors that say that nobody answers
-FINAL = ("done", "failed", "cancelled")
+END_TIME = 10.0  # seconds that a backend which was told to end may take
+URGENT = ("cancel", "stop", "give_up")  # orders that no transfer holds up
+_FILE_NAME = re.compile(r"[0-9A-Za-z_]([0-9A-Za-z_.-]{0,150}[0-9A-Za-z_-])?")
+_DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$)", re.IGNORECASE)  # on Windows, whatever the suffix
 
 
 @dataclass(frozen=True)
 class Where:
     """Which backend to talk to."""
 
+    log: Path  # what the local backend prints
     remote: Path | None = None  # connection file of a backend on another machine; None: this machine's
     python: Path | None = None  # Python of this machine's backend environment; None: not set up
     pythonpath: str = ""  # where that Python finds the backend's source, when it is not installed in it
-    log: Path = Path("backend.log")
 
 
 def tail(log: Path) -> str:
@@ -64,6 +70,10 @@ def tail(log: Path) -> str:
             return "\n".join(file.read().decode("utf-8", "replace").splitlines()[-LOG_TAIL:])
     except OSError:
         return ""
+
+
+class _Interrupted(Exception):
+    """A transfer makes way for an urgent order. It goes on afterwards where it was, or is given up by that order."""
 
 
 class Link(threading.Thread):
@@ -81,11 +91,13 @@ class Link(threading.Thread):
         self._waiting: list[tuple[int, str, dict]] = []  # orders held until the backend answers
         self._client: client.Client | None = None
         self._process: subprocess.Popen | None = None
+        self._file_before: connection.Connection | None = None  # the connection file when the process was started
         self._wanted = False  # somebody asked for a running backend
         self._deaths = 0
         self._started_at = self._reached_at = 0.0
         self._device_asked = 0.0
         self._next_look = 0.0
+        self._disk_told = False
         self._state: dict = {}
 
     # Called from the main thread
@@ -121,6 +133,7 @@ class Link(threading.Thread):
                 self._lose(KilnError("internal", f"Kiln's link to the backend failed: {error!r}.", traceback.format_exc(limit=3)))
         if self._client is not None:
             with suppress(KilnError):  # it is gone already
+                self._obey()  # what was asked for just before
                 if self._stop_at_end:
                     self._client.shutdown()
             self._client.close()
@@ -146,8 +159,9 @@ class Link(threading.Thread):
         failure = None
         try:
             found = connection.Connection.load(path)
-            # A file of an earlier run lies there until the process that we started has written its own.
-            if self._process is None or self._process.poll() is not None or found.pid == self._process.pid:
+            # A file of an earlier run lies there until the process that we started has written its own. Its process number does not
+            # tell: on Windows an environment's python.exe only launches the real one.
+            if self._process is None or self._process.poll() is not None or found != self._file_before:
                 self._connect(found)
                 return
         except KilnError as error:
@@ -204,6 +218,9 @@ class Link(threading.Thread):
             apart = {"creationflags": subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP}
         else:
             apart = {"start_new_session": True}
+        self._file_before = None
+        with suppress(KilnError):
+            self._file_before = connection.Connection.load(connection.default_path())
         try:
             with open(self._where.log, "ab") as log:
                 self._process = subprocess.Popen(
@@ -239,11 +256,14 @@ class Link(threading.Thread):
             self._tell_state("starting", f"{message} Trying again.")
 
     def _give_up(self, state: str, error: KilnError | None, log: bool = False) -> None:
-        """A state in which orders cannot be obeyed: each waiting one gets the reason."""
+        """A state in which the backend's orders cannot be obeyed: each waiting one gets the reason."""
         self._tell_state(state, tail(self._where.log) if log else "", error)
         held, self._waiting = self._waiting, []
-        for ticket, order, _ in held:
-            self._answer(ticket, order, error=error)
+        for ticket, order, values in held:
+            if hasattr(self, f"_local_{order}"):
+                self._waiting.append((ticket, order, values))
+            else:
+                self._answer(ticket, order, error=error)
 
     def _lose(self, error: KilnError) -> None:
         """The backend stopped answering: what was running there is started again by it, so all we do is to bring it up."""
@@ -276,23 +296,19 @@ class Link(threading.Thread):
 
     def _obey(self) -> None:
         """Carries out what was ordered; without a backend, holds what needs one."""
-        wait = 0.0 if self._client is not None else 0.1
-        while True:
-            try:
-                ticket, order, values = self._orders.get(timeout=wait) if wait else self._orders.get_nowait()
-            except queue.Empty:
-                break
-            wait = 0.0
-            if order != "wake":
-                self._waiting.append((ticket, order, values))
-        for held in list(self._waiting):
-            ticket, order, values = held
+        self._take_orders(0.0 if self._client is not None else 0.1)
+        held = 0  # orders at the front of the queue that need a backend while there is none
+        while held < len(self._waiting):
+            ticket, order, values = self._waiting[held]
             local = getattr(self, f"_local_{order}", None)
             if local is None and self._client is None:
+                held += 1
                 continue
-            self._waiting.remove(held)
+            del self._waiting[held]
             try:
                 result = (local or getattr(self, f"_order_{order}"))(ticket=ticket, **values)
+            except _Interrupted:
+                self._waiting.append((ticket, order, values))
             except KilnError as error:
                 self._answer(ticket, order, error=error)
                 if error.code in GONE:
@@ -303,6 +319,22 @@ class Link(threading.Thread):
             else:
                 self._answer(ticket, order, result)
 
+    def _take_orders(self, wait: float) -> None:
+        """Puts what was ordered into the queue; waits for the first."""
+        with suppress(queue.Empty):
+            while True:
+                given = self._orders.get(timeout=wait) if wait else self._orders.get_nowait()
+                wait = 0.0
+                if given[1] != "wake":
+                    self._waiting.append(given)
+
+    def _transferred(self, ticket: int, fraction: float) -> None:
+        """A transfer's report, called for each part of a file."""
+        self._tell("transfer", ticket=ticket, fraction=fraction)
+        self._take_orders(0.0)
+        if any(order in URGENT for _, order, _ in self._waiting):
+            raise _Interrupted
+
     def _answer(self, ticket: int, order: str, result=None, error: KilnError | None = None) -> None:
         self._tell("answer", ticket=ticket, order=order, result=result, error=error.to_wire() if error else None)
 
@@ -310,8 +342,14 @@ class Link(threading.Thread):
 
     def _local_start(self, ticket: int) -> None:
         self._wanted, self._deaths, self._next_look = True, 0, 0.0
-        if self._state.get("state") == "failed":
+        if self._client is None:  # said in any case: who asked reads what comes after it, whatever was the state before
             self._tell_state("starting", "Starting the backend")
+
+    def _local_give_up(self, ticket: int, transfer: int) -> None:
+        """Ends a transfer that is under way or waits."""
+        for given in [given for given in self._waiting if given[0] == transfer]:
+            self._waiting.remove(given)
+            self._answer(transfer, given[1], error=KilnError("cancelled", "The transfer was cancelled.", ""))
 
     def _local_stop(self, ticket: int) -> None:
         self._wanted = False
@@ -319,9 +357,12 @@ class Link(threading.Thread):
             self._client.shutdown()
             self._client.close()
             self._client = None
+            until = time.monotonic() + END_TIME
+            while connection.default_path().exists() and time.monotonic() < until:
+                time.sleep(0.03)
         if self._process is not None:
             try:
-                self._process.wait(10)
+                self._process.wait(END_TIME)
             except subprocess.TimeoutExpired:
                 self._process.kill()
             self._process = None
@@ -330,11 +371,11 @@ class Link(threading.Thread):
 
     # Orders to the backend
 
-    def _order_submit(self, ticket: int, recipe: str, values: dict, inputs: dict, title: str, source: dict) -> dict:
+    def _order_submit(self, ticket: int, recipe: str, values: dict, inputs: dict, title: str, source: dict, id: str) -> dict:
         def report(sent, total):
-            self._tell("transfer", ticket=ticket, fraction=sent / max(total, 1))
+            self._transferred(ticket, sent / max(total, 1))
 
-        return self._client.submit(recipe, values, inputs, title=title, source=source, progress=report)
+        return self._client.submit(recipe, values, inputs, title=title, source=source, progress=report, id=id)
 
     def _order_fetch(self, ticket: int, job: dict, folder: Path) -> Path:
         """Downloads every result of a job into a folder."""
@@ -342,10 +383,13 @@ class Link(threading.Thread):
         whole = sum(result["size"] for result in job["results"].values()) or 1
         before = 0
         for name, result in job["results"].items():
-            def report(received, before=before):
-                self._tell("transfer", ticket=ticket, fraction=(before + received) / whole)
 
-            if Path(name).name != name:
+            def report(received, before=before):
+                if self._closing.is_set():
+                    raise KilnError("cancelled", "Blender closes.", "")
+                self._transferred(ticket, (before + received) / whole)
+
+            if not _FILE_NAME.fullmatch(name) or _DEVICE.match(name):
                 raise KilnError("bad-result", f"The backend names a result {name!r}, which is no file name.", "Update Kiln on both sides.")
             self._client.download(result["hash"], folder / name, progress=report)
             before += result["size"]
@@ -365,7 +409,7 @@ class Link(threading.Thread):
     def _listen(self) -> None:
         """Passes on what happened to the jobs."""
         if self._process is not None and self._process.poll() is not None:
-            raise KilnError("unavailable", "The backend ended.", "")
+            self._process = None  # another Blender's answers, or the connection breaks next
         self._learn_device()
         pictures: dict[str, str] = {}
         changed: list[str] = []
@@ -403,6 +447,16 @@ class Link(threading.Thread):
     def _fetch_picture(self, job: str, artifact: str) -> None:
         path = self._pictures / f"{job}-{artifact[:16]}.png"
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(self._client.blob(artifact))
+            picture, part = self._client.blob(artifact), path.with_suffix(".part")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                part.write_bytes(picture)
+                os.replace(part, path)
+            except OSError as error:  # a full disk costs the picture, not the connection
+                if not self._disk_told:
+                    self._disk_told = True
+                    words = f"A preview cannot be written: {error.strerror or error}: {path.parent}."
+                    self._tell("trouble", error=KilnError("disk", words, "Make room on the disk of temporary files.").to_wire())
+                return
+            self._disk_told = False
         self._tell("preview", job=job, path=path)

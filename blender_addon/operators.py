@@ -7,7 +7,7 @@ import bpy
 from bpy.props import BoolProperty, EnumProperty, IntProperty, StringProperty
 from bpy_extras.io_utils import ImportHelper
 
-from . import preferences, properties, session
+from . import import_asset, preferences, properties, session
 from .protocol import connection, recipes
 from .protocol.errors import KilnError
 
@@ -196,8 +196,30 @@ class KILN_OT_import_job(JobOperator, bpy.types.Operator):
         if bpy.app.background:
             session.current.wait_for_results(job)
             session.current.import_results(context, job)
-        else:
-            job.file, job.wants_import = session.current.file, True
+        else:  # the timer does it, at once unless something stands in the way
+            job.file, job.wants_import, job.asked = session.current.file, True, True
+
+
+class KILN_OT_show(JobOperator, bpy.types.Operator):
+    """Show the mesh, the splats or both of every import of this result in this file"""
+
+    bl_idname = "kiln.show"
+    bl_label = "Show"
+    bl_options = {"REGISTER", "UNDO"}
+
+    what: EnumProperty(
+        name="Show",
+        items=[("mesh", "Mesh", "The textured mesh"), ("splats", "Splats", "The Gaussian splats"), ("both", "Both", "Mesh and splats")],
+        options={"SKIP_SAVE"},
+    )
+
+    @classmethod
+    def description(cls, context, properties):
+        return f"Show {'the ' if properties.what != 'both' else ''}{properties.what} of this result, in the viewport and in renders"
+
+    def act(self, context, job):
+        for collection in session.imports_of(job):
+            import_asset.show(collection, self.what)
 
 
 class KILN_OT_remove_job(JobOperator, bpy.types.Operator):
@@ -290,7 +312,7 @@ class KILN_OT_set_up_from_bundle(SetUpOperator, ImportHelper, bpy.types.Operator
 
 
 class KILN_OT_repair_backend(SetUpOperator, bpy.types.Operator):
-    """Check the backend's environment and set up again what is missing or broken; jobs are kept"""
+    """Delete the backend's environment and set it up anew, which downloads it again; jobs and results are kept"""
 
     bl_idname = "kiln.repair_backend"
     bl_label = "Repair"
@@ -341,6 +363,7 @@ class KILN_OT_connect(ImportHelper, bpy.types.Operator):
             return refuse(self, error)
         chosen = preferences.get()
         chosen.connection_file, chosen.place = self.filepath, "REMOTE"
+        context.preferences.is_dirty = True  # saved with the others when Blender closes
         session.current.connect()
         return {"FINISHED"}
 
@@ -353,6 +376,7 @@ class KILN_OT_use_local(bpy.types.Operator):
 
     def execute(self, context):
         preferences.get().place = "LOCAL"
+        context.preferences.is_dirty = True
         session.current.connect()
         return {"FINISHED"}
 
@@ -402,15 +426,17 @@ class KILN_OT_copy_details(bpy.types.Operator):
 
 
 class KILN_OT_open_log(bpy.types.Operator):
-    """Open the backend's log file"""
+    """Open the log file of the backend, or of its set-up where there is no backend yet"""
 
     bl_idname = "kiln.open_log"
     bl_label = "Log"
 
     def execute(self, context):
-        log = session.current.where.log
+        now = session.current
+        now.connect()
+        log = session.environment_log() if now.setting_up or now.backend["state"] == "missing" else now.where.log
         if not log.is_file():
-            return refuse(self, KilnError("no-log", "The backend has written no log yet.", ""))
+            return refuse(self, KilnError("no-log", f"There is no log {log} yet.", ""))
         bpy.ops.wm.path_open(filepath=str(log))
         return {"FINISHED"}
 
@@ -431,7 +457,7 @@ class KILN_OT_announce(bpy.types.Operator):
 
 
 CLASSES = (
-    KILN_OT_generate, KILN_OT_cancel_job, KILN_OT_retry_job, KILN_OT_import_job, KILN_OT_remove_job, KILN_OT_start_backend,
+    KILN_OT_generate, KILN_OT_cancel_job, KILN_OT_retry_job, KILN_OT_import_job, KILN_OT_show, KILN_OT_remove_job, KILN_OT_start_backend,
     KILN_OT_stop_backend, KILN_OT_set_up_backend, KILN_OT_set_up_from_bundle, KILN_OT_repair_backend, KILN_OT_remove_backend,
     KILN_OT_cancel_set_up, KILN_OT_connect, KILN_OT_use_local, KILN_OT_reset_parameters, KILN_OT_dismiss, KILN_OT_copy_details,
     KILN_OT_open_log, KILN_OT_announce,

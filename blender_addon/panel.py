@@ -6,8 +6,8 @@ import blf
 import bpy
 
 from . import preferences, properties, session
-from .backend_link import FINAL
 from .protocol import recipes
+from .protocol.client import FINAL
 from .protocol.errors import KilnError
 
 LOOK = {  # backend state: icon, words
@@ -119,7 +119,9 @@ def draw_backend(layout, context) -> None:
         draw_text(layout, context, SETTING_UP[setting_up.action], "IMPORT")
         layout.progress(factor=setting_up.fraction, text=f"{setting_up.fraction:.0%}")
         draw_text(layout, context, setting_up.text)
-        layout.operator("kiln.cancel_set_up", icon="X")
+        row = layout.row(align=True)
+        row.operator("kiln.cancel_set_up", icon="X")
+        row.operator("kiln.open_log", icon="TEXT")
         return
     state = backend["state"]
     if state == "missing":
@@ -133,6 +135,8 @@ def draw_backend(layout, context) -> None:
         column.enabled = bpy.app.online_access
         column.operator("kiln.set_up_backend", icon="IMPORT")
         layout.operator("kiln.set_up_from_bundle", icon="FILE_FOLDER")
+        if now.notices:  # a set-up that failed, most of all
+            layout.operator("kiln.open_log", icon="TEXT")
         layout.operator("kiln.connect", text="Use Another Computer's…", icon="LINKED")
         return
     if backend["error"] and state in ("unreachable", "failed"):
@@ -167,6 +171,7 @@ def draw_backend(layout, context) -> None:
     row = layout.row(align=True)
     row.operator("kiln.repair_backend", icon="TOOL_SETTINGS")
     row.operator("kiln.remove_backend", icon="TRASH")
+    layout.operator("kiln.set_up_from_bundle", text="Repair from Offline Bundle…", icon="FILE_FOLDER")
     layout.operator("kiln.connect", text="Use Another Computer's…", icon="LINKED")
 
 
@@ -333,9 +338,18 @@ class KILN_PT_jobs(KilnPanel, bpy.types.Panel):
         elif state == "queued":
             draw_text(box, context, "Waiting for its turn", "TIME")
         elif state == "done":
-            imported = session.in_file(job)
+            imported = session.imports_of(job)
             took = time_text(data["finished"] - data["started"]) if data["finished"] and data["started"] else ""
             draw_text(box, context, f"Done in {took}" + (", in this file" if imported else ""), "CHECKMARK")
+            waits = session.why_import_waits(job) if job.wants_import and job.results else ""
+            if waits:
+                draw_text(box, context, waits, "PAUSE")
+            if any(len(collection.objects) > 1 for collection in imported):
+                row = box.row(align=True)
+                row.label(text="Show")
+                for what in ("mesh", "splats", "both"):
+                    show = row.operator("kiln.show", text=what.capitalize())
+                    show.job, show.what = data["id"], what
         elif state == "failed":
             draw_error(box, context, KilnError.from_wire(data["error"] or {}), job=data["id"])
         else:

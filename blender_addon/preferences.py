@@ -24,7 +24,7 @@ class KilnPreferences(bpy.types.AddonPreferences):
         subtype="FILE_PATH",
     )
     backend_python: StringProperty(
-        name="Python",
+        name="Backend Python",
         description="A Python that has Kiln's backend already, instead of the environment that Kiln sets up; leave empty otherwise",
         subtype="FILE_PATH",
     )

@@ -118,7 +118,7 @@ class KilnJobRow(PropertyGroup):
 class KilnWindow(PropertyGroup):
     """The panel's own state, not saved with a file."""
 
-    jobs: CollectionProperty(type=KilnJobRow)
+    jobs: CollectionProperty(type=KilnJobRow, options={"SKIP_SAVE"})
     active_job: IntProperty(name="Job", default=0, options={"SKIP_SAVE"})
 
 

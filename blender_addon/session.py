@@ -7,7 +7,6 @@ Nothing here keeps a reference to Blender data: jobs carry names and numbers (`s
 from __future__ import annotations
 
 import errno
-import json
 import os
 import queue
 import shutil
@@ -18,19 +17,21 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import bpy
 import bpy.utils.previews
 
 from . import capture, environment, import_asset, preferences, properties
-from .backend_link import FINAL, Link, Where, tail
+from .backend_link import Link, Where, tail
 from .protocol import VERSION, connection, recipes
+from .protocol.client import FINAL
 from .protocol.errors import Cancelled, KilnError
 
 BUSY, IDLE = 0.1, 0.5  # seconds between two looks at the queues
+STORED = ("artifacts", "uploads", "stages", "runs", "temporary", "logs")  # the backend's folders in Kiln's home, beside its database
 ICONS = {"queued": "TIME", "running": "RENDER_ANIMATION", "cancelling": "CANCEL", "done": "CHECKMARK", "failed": "ERROR", "cancelled": "X"}
 
 
@@ -44,6 +45,9 @@ class Job:
     transfer: float | None = None  # share of an upload or download under way
     results: Path | None = None  # folder of the downloaded results
     wants_import: bool = False  # bring it in as soon as it is done and Blender is free
+    asked: bool = False  # by the Import button: a running tool does not hold it up
+    inputs: dict = field(default_factory=dict)  # what the backend has not got yet
+    views: Path | None = None  # the folder of those files, kept until they have arrived
 
     @property
     def state(self) -> str:
@@ -77,29 +81,32 @@ class Session:
         self.environment = "missing"  # environment.state()
         self.pictures = bpy.utils.previews.new()
         self._then: dict[int, Callable] = {}
+        self._starting = 0  # ticket of the last "start" until it is answered
         self._uploads: dict[int, str] = {}
-        self._drawn: object = None
         self.where: Where | None = None
         self._look_again = 0.0
         self.link: Link | None = None  # made at the first use, so that a plain `blender -b` has no thread more
 
     def connect(self) -> None:
         """Starts the client thread for the chosen backend; a new one where another backend was chosen since."""
-        if self.where and time.monotonic() < self._look_again:
+        if self.where and (time.monotonic() < self._look_again or self.setting_up):  # set-up waits for this link's answer
             return
         self._look_again = time.monotonic() + 1.0
         chosen = where()
         if chosen == self.where:
             return
+        before, self.where = self.where, chosen
+        dropped, self._then = self._then, {}
         if self.link:
             self.link.close(timeout=0)
-            self._then.clear()
             self._uploads.clear()
-            self.jobs = {}
+            if (before.remote, before.log) != (chosen.remote, chosen.log):  # else only its Python is another one
+                self.jobs = {name: job for name, job in self.jobs.items() if name.startswith("sending-")}
             self.backend = {**self.backend, "state": "looking", "hello": None, "error": None}
-        self.where = chosen
         self.link = Link(chosen, self.folder / "pictures")
         self.link.start()
+        for then in dropped.values():
+            then(None, KilnError("unavailable", "Another backend was chosen meanwhile.", "Try again with that one."))
         if not bpy.app.background:
             self._look_at_environment()
 
@@ -125,37 +132,61 @@ class Session:
         self.notices = [old for old in self.notices if old.error.message != error.message] + [Notice(error, details)]
         redraw()
 
-    def submit(self, recipe, inputs: dict, source: dict, title: str, scratch: Path, picture: Path) -> Job:
-        """Sends captured inputs off as a job. `scratch` holds their files and is removed after they are sent."""
+    def carry_out(self, order: str, then: Callable[[object, KilnError | None], None], **values) -> None:
+        """Like `ask`; in `blender -b`, whose process may end right after, waits for the answer and raises its error."""
+        if not bpy.app.background:
+            self.ask(order, then, **values)
+            return
+        answers = []
+        self.ask(order, lambda *answer: answers.append(answer), **values)
+        self.wait(lambda: answers)
+        result, error = answers[0]
+        then(result, error)
+        if error:
+            raise error
+
+    def submit(self, recipe, inputs: dict, source: dict, title: str, views: Path, picture: Path) -> Job:
+        """Sends captured inputs off as a job. `views` holds their files and is removed after they have arrived."""
         shown = {
             "id": f"sending-{uuid.uuid4().hex}", "recipe": recipe.NAME, "parameters": recipes.values(recipe), "title": title,
             "source": source, "state": "queued", "stage": "", "fraction": 0.0, "text": "", "created": time.time(), "started": None,
             "finished": None,
             "attempts": 0, "error": None, "results": {}, "inputs": {},
         }  # fmt: skip
-        job = Job(shown, file=self.file, picture=picture, transfer=0.0, wants_import=preferences.get().auto_import)
+        job = Job(shown, file=self.file, picture=picture, wants_import=preferences.get().auto_import, inputs=inputs, views=views)
         self.jobs[shown["id"]] = job
         self._show_picture(job)
+        self._send(job)
+        return job
+
+    def _send(self, job: Job) -> None:
+        """Sends a job's inputs. Where that fails it stays in the list with its reason; sending it again is the same submission."""
+        shown = job.data
+        shown.update(state="queued", finished=None, error=None)
+        job.transfer = 0.0
 
         def sent(result, error):
-            shutil.rmtree(scratch, ignore_errors=True)
-            self.jobs.pop(shown["id"], None)
             job.transfer = None
             if error:
-                job.data = {**shown, "state": "failed", "finished": time.time(), "text": "", "error": error.to_wire()}
-                self.jobs[shown["id"]] = job  # never reached the backend: stays in the list with its reason
+                state = "cancelled" if error.code == "cancelled" else "failed"
+                shown.update(state=state, finished=time.time(), error=error.to_wire())
             else:
+                self.jobs.pop(shown["id"], None)
                 known = self.jobs.get(result["id"])
                 job.data = known.data if known else result
-                job.picture = known.picture if known and known.picture else picture
+                job.picture = known.picture if known and known.picture else job.picture
                 self.jobs[result["id"]] = job
                 self._show_picture(job)
+                shutil.rmtree(job.views, ignore_errors=True)
+                job.inputs, job.views = {}, None
             self._sync_rows(select=job.data["id"])
 
-        ticket = self.ask("submit", sent, recipe=recipe.NAME, values=shown["parameters"], inputs=inputs, title=title, source=source)
+        ticket = self.ask(
+            "submit", sent, recipe=shown["recipe"], values=shown["parameters"], inputs=job.inputs, title=shown["title"],
+            source=shown["source"], id=shown["id"],
+        )  # fmt: skip
         self._uploads[ticket] = shown["id"]
         self._sync_rows(select=shown["id"])
-        return job
 
     def fetch(self, job: Job) -> int:
         """Downloads a finished job's results into this session's folder."""
@@ -185,14 +216,15 @@ class Session:
         if job.data["id"].startswith("sending-"):
             removed(None, None)
         else:
-            self.ask("remove", removed, job=job.data["id"])
+            self.carry_out("remove", removed, job=job.data["id"])
 
     def _forget(self, job: Job) -> None:
         self.jobs.pop(job.data["id"], None)
         if job.data["id"] in self.pictures:
             del self.pictures[job.data["id"]]
-        if job.results:
-            shutil.rmtree(job.results, ignore_errors=True)
+        for folder in (job.results, job.views):
+            if folder:
+                shutil.rmtree(folder, ignore_errors=True)
         self._sync_rows()
 
     def import_results(self, context, job: Job) -> import_asset.Imported:
@@ -201,8 +233,8 @@ class Session:
             "job": job.data["id"], "recipe": job.data["recipe"], "parameters": job.data["parameters"], "kiln": VERSION,
             "preset": properties.preset_of(job.data["recipe"], job.data["parameters"]),
         }  # fmt: skip
-        imported = import_asset.import_asset(context, job.results, job.data["source"], provenance, {})
-        job.wants_import = False
+        imported = import_asset.import_asset(context, job.results, job.data["source"], provenance)
+        job.wants_import = job.asked = False
         shutil.rmtree(job.results, ignore_errors=True)  # the backend keeps them; the file has its own copy now
         job.results = None
         return imported
@@ -216,7 +248,7 @@ class Session:
             moved = self.drain()
             if self.tab_seen and not self.started_once and self.backend["state"] == "stopped" and preferences.get().start_backend:
                 self.started_once = True  # who stops it afterwards means it
-                self.ask("start")
+                self._start()
             self._bring_in()
         except Exception:  # a timer that raises is never called again
             traceback.print_exc()
@@ -252,9 +284,14 @@ class Session:
         self.connect()
         self._look_at_environment()
         if work.finished and not work.error and work.action != "remove" and not work.cancelled:
-            self.ask("start")
+            self._start()
+
+    def _on_trouble(self, error) -> None:
+        self.note(KilnError.from_wire(error))
 
     def _on_backend(self, **state) -> None:
+        if self._starting and state["state"] != "running" and state["state"] != "starting":
+            return  # of the time before the start that was asked for, which is told anew after it
         self.backend = state
         if state["state"] == "running":  # what was said about its absence is over
             self.notices = [notice for notice in self.notices if notice.error.code not in ("no-backend", "backend-died", "unavailable")]
@@ -308,7 +345,7 @@ class Session:
                 bpy.ops.kiln.announce("INVOKE_DEFAULT", text=text, failed=job.state == "failed")
 
     def _bring_in(self) -> None:
-        """Fetches and imports what is wanted, when nobody is in the middle of something."""
+        """Fetches and imports what is wanted, as soon as nothing stands in the way."""
         for job in list(self.jobs.values()):
             if not job.wants_import or job.state != "done" or job.transfer is not None:
                 continue
@@ -316,7 +353,7 @@ class Session:
                 job.wants_import = False  # another file is open: the list offers it there
             elif job.results is None:
                 self.fetch(job)
-            elif blender_is_free():
+            elif not why_import_waits(job):
                 try:
                     with bpy.context.temp_override(window=main_window()):
                         self.import_results(bpy.context, job)
@@ -331,17 +368,24 @@ class Session:
     def wait(self, ready: Callable[[], bool], report: Callable[[], None] = lambda: None) -> None:
         """Blocks until `ready()`, taking in messages meanwhile: for scripts and `blender -b`, where no timer runs."""
         self.connect()
+        self.drain()
         while not ready():
-            self.drain()
             report()
             time.sleep(0.03)
+            self.drain()
 
     # What operators and scripts ask for
 
     def order(self, job: Job, what: str) -> None:
-        """Cancels or retries a job. A job that never reached the backend has nothing to retry there."""
+        """Cancels or retries a job. Of one that has not reached the backend, the sending."""
         if job.data["id"].startswith("sending-"):
-            raise KilnError("not-sent", f"{job.data['title']} never reached the backend.", "Press Generate again.")
+            ticket = next((ticket for ticket, name in self._uploads.items() if name == job.data["id"]), None)
+            if what == "cancel" and ticket is not None:
+                self.carry_out("give_up", lambda result, error: None, transfer=ticket)
+            elif what == "retry" and job.transfer is None:
+                self.want_backend()
+                self._send(job)
+            return
         if what == "cancel":
             job.data["state"] = "cancelling"  # shown at once; the backend answers in a moment
 
@@ -351,40 +395,52 @@ class Session:
             elif error:
                 self.note(error)
 
-        self.ask(what, answered, job=job.data["id"])
+        self.carry_out(what, answered, job=job.data["id"])
+
+    def _start(self) -> None:
+        """Asks for a backend. From now on it counts as starting, until the client thread tells how that went."""
+
+        def answered(result, error):
+            if self._starting == ticket:
+                self._starting = 0
+
+        self._starting = ticket = self.ask("start", answered)
+        if self.backend["state"] != "running":
+            self.backend = {**self.backend, "state": "starting", "text": "", "error": None}
 
     def want_backend(self) -> None:
         """Makes sure that there is a backend to ask, or raises why there is none. Waits only in `blender -b`."""
         self.connect()
         if bpy.app.background:
             if self.where.python or self.where.remote:
-                self.link.ask("start")
-                self.wait(lambda: self.backend["state"] in ("running", "failed", "unreachable"))
-            else:
-                self.wait(lambda: self.backend["state"] not in ("looking", "starting"))
+                self._start()
+            self.wait(lambda: not self._starting and self.backend["state"] not in ("looking", "starting"))
         state = self.backend["state"]
         if state in ("missing", "unreachable", "failed") and self.backend["error"]:
             raise KilnError.from_wire(self.backend["error"])
-        if state == "stopped":
-            self.ask("start")
+        if state in ("looking", "stopped"):
+            self._start()
 
     def start_backend(self) -> None:
         self.notices = [notice for notice in self.notices if notice.error.code != "backend-died"]
         self.connect()
         if self.backend["state"] == "missing":
             raise KilnError.from_wire(self.backend["error"])
-        self.ask("start")
         if bpy.app.background:
             self.want_backend()
+        else:
+            self._start()
 
     def stop_backend(self) -> None:
+        self._refuse_remote()
+        self.carry_out("stop", lambda result, error: error and self.note(error))
+
+    def _refuse_remote(self) -> None:
+        """For what is done to this computer's backend alone: the other one may serve others."""
         self.connect()
-        stopped = []
-        self.ask("stop", lambda result, error: stopped.append(error))
-        if bpy.app.background:
-            self.wait(lambda: stopped)
-            if stopped[0]:
-                raise stopped[0]
+        if self.where.remote:
+            words = "The backend of another computer is in use, which is not stopped or set up from here."
+            raise KilnError("remote", words, "Press Use This Computer first.")
 
     def need_jobs(self) -> None:
         """In `blender -b` nothing has listened yet: connects and waits for the list of jobs."""
@@ -407,7 +463,8 @@ class Session:
             gone = ("failed", "unreachable", "missing", "stopped")
             self.wait(lambda: job.state in FINAL or job.data["id"] not in self.jobs or self.backend["state"] in gone, report)
         except KeyboardInterrupt:
-            self.link.ask("cancel", job=job.data["id"])
+            with suppress(KilnError):
+                self.order(job, "cancel")
             raise
         if job.state not in FINAL and job.data["id"] not in self.jobs:
             raise KilnError("no-job", f"{job.data['title']} was removed.", "")
@@ -428,9 +485,10 @@ class Session:
         """Starts to create, repair or remove the backend's environment; in `blender -b` waits for it."""
         if action != "remove" and not options.get("bundle") and not bpy.app.online_access:
             raise KilnError("offline", "Blender is not allowed to go online.", offline_hint())
+        self._refuse_remote()
         work = self.setting_up = SetUp(action, **options)
         # The backend first: what runs cannot be exchanged. Its jobs go on when it is back.
-        self.ask("stop", lambda result, error: work.start())
+        self.ask("stop", lambda result, error: work.refuse(error) if error else work.start())
         if bpy.app.background:
             self.wait(lambda: work.finished, lambda: terminal(f"Backend: {work.fraction:.0%} {work.text}"))
             if work.error:
@@ -489,7 +547,6 @@ class Session:
         ]
         return max(took, default=None)
 
-
     def about(self, job: str) -> str:
         """Everything worth knowing for who is asked for help: versions, the job's parameters, the backend's last log lines."""
         lines = [
@@ -531,7 +588,7 @@ class Shoot:
             inputs, source = self.capture.finish()
             picture = current.folder / "pictures" / f"{self.folder.name}.png"
             picture.parent.mkdir(exist_ok=True)
-            shutil.copyfile(_from_the_front(inputs["transforms.json"]), picture)
+            shutil.copyfile(self.capture.thumbnail, picture)
         self.capture.close()
         current.capture = None
         return current.submit(self.recipe, inputs, source, self.title, self.folder, picture)
@@ -553,23 +610,13 @@ class Shoot:
             raise
 
 
-def _from_the_front(table: Path) -> Path:
-    """Of captured views the one that shows the subject from the front, a little from the right and from above."""
-    frames = json.loads(table.read_text("utf-8"))["frames"]
-
-    def facing(frame):
-        backwards = [row[2] for row in frame["transform_matrix"][:3]]  # from the subject to the camera
-        return 0.45 * backwards[0] - 0.8 * backwards[1] + 0.4 * backwards[2]
-
-    return table.parent / max(frames, key=facing)["file_path"]
-
-
 class SetUp(threading.Thread):
     """Creates, repairs or removes the backend's environment on a thread of its own."""
 
-    def __init__(self, action: str, **options):
+    def __init__(self, action: str, jobs: bool = False, **options):
+        """`jobs`: with "remove", also what the backend keeps. options: those of `environment.create`."""
         super().__init__(name="Kiln set-up", daemon=True)
-        self.action, self.options = action, options
+        self.action, self.jobs, self.options = action, jobs, options
         self.folder, self.log, self.home = environment_folder(), environment_log(), connection.home()  # asked for on the main thread
         self.fraction, self.text = 0.0, ""
         self.error: KilnError | None = None
@@ -580,6 +627,10 @@ class SetUp(threading.Thread):
     def cancel(self) -> None:
         self._cancelled.set()
 
+    def refuse(self, error: KilnError) -> None:
+        """Instead of a start."""
+        self._told.put(("finished", error))
+
     @property
     def cancelled(self) -> bool:
         return self._cancelled.is_set()
@@ -589,13 +640,15 @@ class SetUp(threading.Thread):
         try:
             if self.action == "remove":
                 environment.remove(self.folder, self._report)
-                if self.options["jobs"]:
+                if self.jobs:
                     self._report(1.0, "Removing jobs and results")
-                    shutil.rmtree(self.home, ignore_errors=True)
+                    remove_store(self.home)
             else:
                 environment.create(self.folder, report=self._report, log=self.log, **self.options)
         except Cancelled:
             pass
+        except KilnError as failure:
+            error = failure
         except environment.SetupError as failure:
             error = KilnError(failure.code, failure.message, failure.hint)
         except OSError as failure:
@@ -624,6 +677,21 @@ class SetUp(threading.Thread):
                 self.finished, self.error = True, second
             else:
                 self.fraction, self.text = first, second
+
+
+def remove_store(home: Path) -> None:
+    """Deletes what the backend keeps in Kiln's home (SPEC.md and backend/store.py name it), and nothing else that lies there."""
+    staying = []
+    for entry in [*(home / name for name in STORED), *home.glob("kiln.sqlite*")]:
+        try:
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink(missing_ok=True)
+        except OSError as error:
+            staying.append(f"{entry} ({error.strerror or error})")
+    if staying:
+        raise KilnError("disk", f"Not everything could be deleted: {', '.join(staying)}.", "Close what uses it, then delete it by hand.")
 
 
 # Blender, seen from here
@@ -688,16 +756,20 @@ def offline_hint() -> str:
     return "Turn on Allow Online Access in Preferences, System, Network, or set the backend up from an offline bundle."
 
 
-def blender_is_free() -> bool:
-    """Whether something can be put into the scene without getting in somebody's way."""
-    if bpy.context.mode != "OBJECT" or any(bpy.app.is_job_running(job) for job in ("RENDER", "OBJECT_BAKE")):
-        return False
-    return not any(window.modal_operators for window in bpy.context.window_manager.windows)
+def why_import_waits(job: Job) -> str:
+    """What stands in the way of putting a result into the scene; empty when nothing does."""
+    if current.capture or any(bpy.app.is_job_running(name) for name in ("RENDER", "OBJECT_BAKE")):
+        return "Comes in when the render is done"
+    if bpy.context.mode != "OBJECT":
+        return "Comes in when you are back in Object Mode"
+    if not job.asked and any(window.modal_operators for window in bpy.context.window_manager.windows):
+        return "Comes in when the running tool ends, or with Import"
+    return ""
 
 
-def in_file(job: Job) -> bool:
-    """Whether the open file holds the job's result; undo and redo change that."""
-    return any(collection.get("kiln_job") == job.data["id"] for collection in bpy.data.collections)
+def imports_of(job: Job) -> list[bpy.types.Collection]:
+    """What the open file holds of the job's result, looked up anew each time: undo and redo change that."""
+    return [collection for collection in bpy.data.collections if collection.get("kiln_job") == job.data["id"]]
 
 
 def main_window() -> bpy.types.Window | None:

@@ -1,10 +1,13 @@
 """What goes wrong before a job exists: each case has its sentence, in the exception and in the panel, and the scene is as it was."""
 
 import errno
+import queue
+from pathlib import Path
 
 import bpy
 import pytest
-from bl_ext.kiln_test.kiln import api, preferences, session
+from bl_ext.kiln_test.kiln import api, backend_link, preferences, session
+from bl_ext.kiln_test.kiln.protocol import recipes
 from bl_ext.kiln_test.kiln.protocol.errors import KilnError
 
 
@@ -129,11 +132,12 @@ def test_parameters_come_from_the_call_over_the_preset_over_the_panel(monkeypatc
     monkeypatch.setattr(session, "Shoot", shoot)
     bpy.ops.mesh.primitive_cube_add()
     bpy.context.scene.kiln.reconstruct.fit_iterations = 321
+    standard, draft = (recipes.make("reconstruct", preset=preset) for preset in ("standard", "draft"))
     for arguments, iterations, grid in (
-        ({}, 321, 160),
+        ({}, 321, standard.surface.grid),
         ({"surface_grid": 64}, 321, 64),
-        ({"preset": "draft"}, 300, 96),
-        ({"preset": "draft", "fit_iterations": 50}, 50, 96),
+        ({"preset": "draft"}, draft.fit.iterations, draft.surface.grid),
+        ({"preset": "draft", "fit_iterations": 50}, 50, draft.surface.grid),
     ):
         with pytest.raises(RuntimeError, match="Stop"):
             bpy.ops.kiln.generate(**arguments)
@@ -160,3 +164,142 @@ def test_dismissing_a_notice_removes_it(some_backend):
     count = len(session.current.notices)
     bpy.ops.kiln.dismiss(index=count - 1)
     assert len(session.current.notices) == count - 1
+
+
+def test_a_remote_backend_is_neither_stopped_nor_set_up_from_here(tmp_path):
+    chosen = preferences.get()
+    chosen.connection_file, chosen.place = str(tmp_path / "nowhere.json"), "REMOTE"
+    try:
+        for call in (bpy.ops.kiln.stop_backend, bpy.ops.kiln.remove_backend):
+            session.current._look_again = 0.0
+            assert "Press Use This Computer first." in refused(call)
+        assert session.current.setting_up is None
+    finally:
+        chosen.place = "LOCAL"
+
+
+def test_removing_jobs_and_results_leaves_what_else_lies_in_kilns_home(tmp_path):
+    home = tmp_path / "shared"
+    for name in ("artifacts/ab", "stages", "logs", "holiday"):
+        (home / name).mkdir(parents=True)
+    for name in ("kiln.sqlite", "kiln.sqlite-wal", "artifacts/ab/abcd", "holiday/photo.jpg", "letter.txt"):
+        (home / name).write_text("x")
+    session.remove_store(home)
+    assert sorted(path.name for path in home.iterdir()) == ["holiday", "letter.txt"]
+
+
+@pytest.fixture
+def link(tmp_path):
+    """A client thread that is not started: the test does its turns."""
+    return backend_link.Link(backend_link.Where(log=tmp_path / "log"), tmp_path / "pictures")
+
+
+def told(link, kind):
+    found = []
+    while True:
+        try:
+            found.append(link.told.get_nowait())
+        except queue.Empty:
+            return [message for message in found if message["kind"] == kind]
+
+
+def test_stop_and_start_at_once_are_both_obeyed_and_what_waited_is_answered_once(link):
+    waiting, stop, start = link.ask("remove", job="a"), link.ask("stop"), link.ask("start")
+    link._obey()
+    link._obey()
+    answers = told(link, "answer")
+    assert sorted(answer["ticket"] for answer in answers) == [waiting, stop, start]
+    assert {answer["ticket"]: answer["error"] and answer["error"]["code"] for answer in answers} == {
+        waiting: "backend-stopped", stop: None, start: None,
+    }  # fmt: skip
+
+
+class Slow:
+    """Takes a submission in ten parts; what was asked for between two of them is in `asked`."""
+
+    def __init__(self, asked):
+        self.asked, self.done, self.sent = list(asked), [], 0
+
+    def submit(self, *_, progress, id, **__):
+        while self.sent < 10:
+            self.sent += 1
+            if self.asked and self.sent == 5:
+                self.asked.pop()()
+            progress(self.sent, 10)
+        self.done.append(("submit", id))
+        return {"id": "b"}
+
+    def cancel(self, job):
+        self.done.append(("cancel", job))
+
+
+def submission(link):
+    return link.ask("submit", recipe="reconstruct", values={}, inputs={}, title="", source={}, id="once")
+
+
+def test_a_cancel_does_not_wait_for_a_transfer_which_goes_on_where_it_was(link):
+    link._client = Slow([lambda: link.ask("cancel", job="a")])
+    submission(link)
+    link._obey()
+    assert link._client.done == [("cancel", "a"), ("submit", "once")]
+
+
+def test_an_upload_can_be_given_up(link):
+    ticket = submission(link)
+    link._client = Slow([lambda: link.ask("give_up", transfer=ticket)])
+    link._obey()
+    assert link._client.done == []
+    answers = {answer["ticket"]: answer["error"] for answer in told(link, "answer")}
+    assert answers[ticket]["code"] == "cancelled" and list(answers.values()).count(None) == 1
+
+
+@pytest.mark.parametrize("name", ["../mesh.glb", "..", "C:mesh.glb", "mesh.glb:hidden", "a\\b", "nul.glb", "con", "mesh.", "", "/etc/x"])
+def test_a_result_whose_name_leads_elsewhere_is_refused(link, name, tmp_path):
+    with pytest.raises(KilnError) as failure:
+        link._order_fetch(1, {"results": {name: {"hash": "0" * 64, "size": 1}}}, tmp_path / "results")
+    assert failure.value.code == "bad-result"
+
+
+def test_a_full_disk_costs_the_preview_and_is_told_once(link, monkeypatch):
+    class Blobs:
+        def blob(self, artifact):
+            return b"picture"
+
+    def full(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    link._client = Blobs()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        link._fetch_picture("a", "0" * 64)
+        link._fetch_picture("a", "1" * 64)
+    (trouble,) = told(link, "trouble")
+    assert "No space left" in trouble["error"]["message"]
+    link._fetch_picture("a", "1" * 64)
+    (preview,) = told(link, "preview")
+    assert preview["path"].read_bytes() == b"picture"
+
+
+def test_views_that_could_not_be_sent_are_kept_and_sent_again_as_the_same_submission(monkeypatch, tmp_path):
+    now, sent = session.current, []
+
+    def ask(order, then=None, **values):
+        sent.append((order, values, then))
+        return len(sent)
+
+    monkeypatch.setattr(now, "ask", ask)
+    monkeypatch.setattr(now, "want_backend", lambda: None)
+    views = tmp_path / "views"
+    views.mkdir()
+    picture = tmp_path / "picture.png"
+    image = bpy.data.images.new("picture", 4, 4)
+    image.filepath_raw, image.file_format = str(picture), "PNG"
+    image.save()
+    job = now.submit(recipes.make("reconstruct"), {"transforms.json": views / "transforms.json"}, {}, "Pot", views, picture)
+    sent[0][2](None, KilnError("unavailable", "Gone."))
+    assert job.state == "failed" and views.exists()
+    bpy.ops.kiln.retry_job(job=job.data["id"])
+    assert [order for order, *_ in sent] == ["submit", "submit"] and sent[0][1] == sent[1][1]
+    sent[1][2]({**job.data, "id": "b"}, None)
+    assert now.jobs["b"] is job and not views.exists()
+    now._forget(job)

@@ -134,6 +134,49 @@ def test_the_expected_time_is_that_of_a_job_with_exactly_these_parameters_or_non
     assert now.expected_seconds("reconstruct", standard) is None
 
 
+def test_an_import_says_what_it_waits_for_and_the_button_puts_a_running_tool_aside(monkeypatch):
+    job = session.Job(record("a", "done"), wants_import=True)
+    assert session.why_import_waits(job) == ""
+    bpy.ops.mesh.primitive_cube_add()
+    bpy.ops.object.mode_set(mode="EDIT")
+    assert "Object Mode" in session.why_import_waits(job)
+    bpy.ops.object.mode_set(mode="OBJECT")
+    monkeypatch.setattr(session.current, "capture", (1, 2, "Pot"))
+    assert "render" in session.why_import_waits(job)
+
+
+def test_show_switches_every_import_of_the_job(monkeypatch):
+    shown = []
+    monkeypatch.setattr(session.import_asset, "show", lambda collection, what: shown.append((collection.name, what)))
+    monkeypatch.setattr(session.Session, "need_jobs", lambda self: None)
+    session.current.jobs["a"] = session.Job(record("a", "done"))
+    for name, job in (("Pot", "a"), ("Pot again", "a"), ("Other", "b")):
+        bpy.data.collections.new(name)["kiln_job"] = job
+    bpy.ops.kiln.show(job="a", what="splats")
+    assert shown == [("Pot", "splats"), ("Pot again", "splats")]
+
+
+def test_another_choice_answers_what_was_asked_of_the_one_before_and_a_set_up_holds_it_up(monkeypatch, tmp_path):
+    now, answers = session.current, []
+    now.connect()
+    now._then[-1] = lambda result, error: answers.append(error.code)
+    link = now.link
+    monkeypatch.setattr(session, "where", lambda: session.Where(log=tmp_path / "log"))
+    monkeypatch.setattr(now, "setting_up", object())
+    now._look_again = 0.0
+    now.connect()
+    assert now.link is link and answers == []
+    now.setting_up = None
+    now._look_again = 0.0
+    now.connect()
+    assert now.link is not link and answers == ["unavailable"]
+
+
+@pytest.mark.parametrize(("name", "label"), [("fit.sh_degree", "SH degree"), ("fit.ssim_weight", "SSIM weight"), ("seed", "Seed")])
+def test_labels_write_abbreviations_in_capitals(name, label):
+    assert next(one for one in recipes.parameters(recipes.Reconstruct) if one.name == name).label == label
+
+
 def record(name, state, **changes):
     """A job as the backend tells it."""
     return {
