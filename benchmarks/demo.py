@@ -118,7 +118,7 @@ def append_blend(path: str) -> None:
 
 def built_in_object() -> bpy.types.Object:
     """A painted Suzanne: open eye sockets, separate parts, a procedural material, nothing to download."""
-    bpy.ops.mesh.primitive_monkey_add(size=0.4, location=(0.3, -0.2, 0.5), rotation=(0, 0, 0.6))
+    bpy.ops.mesh.primitive_monkey_add(size=0.4, location=(0.3, -0.2, 0.5), rotation=(0, 0, 0.95))
     thing = bpy.context.object
     thing.modifiers.new("Subdivision", "SUBSURF").render_levels = 2
     bpy.ops.object.shade_smooth()
