@@ -181,6 +181,34 @@ def test_a_backend_that_cannot_start_says_so_with_its_last_words(monkeypatch, tm
     session.current.connect()
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a script that is a program")
+def test_a_python_that_only_launches_another_one_serves_and_so_does_one_that_failed_before(monkeypatch, tmp_path, backend_python):
+    """As on Windows, where an environment's python.exe starts the real Python as a process of its own."""
+    launcher = tmp_path / "python"
+    launcher.write_text("#!/bin/sh\nexit 3\n")
+    launcher.chmod(0o755)
+    monkeypatch.setenv("KILN_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("KILN_BACKEND_PYTHON", str(launcher))
+    monkeypatch.setattr("bl_ext.kiln_test.kiln.backend_link.RESTART_AFTER", (0.1,))
+    monkeypatch.setattr("bl_ext.kiln_test.kiln.backend_link.START_TIME", 20.0)
+    now = session.current
+    now._look_again = 0.0
+    with pytest.raises(RuntimeError, match="did not start"):
+        bpy.ops.kiln.start_backend()
+    launcher.write_text(f'#!/bin/sh\n"{backend_python}" "$@"\nexit $?\n')
+    try:
+        bpy.ops.kiln.start_backend()
+        assert now.backend["state"] == "running"
+        with pytest.raises(KilnError, match="no job"):  # in `blender -b` an order's error is its caller's
+            now.order(session.Job({"id": "gone", "title": "Gone", "state": "running"}), "cancel")
+    finally:
+        bpy.ops.kiln.stop_backend()
+    assert not connection.default_path().exists()
+    monkeypatch.undo()
+    now._look_again = 0.0
+    now.connect()
+
+
 def test_after_blender_has_closed_the_backend_finishes_the_job_and_the_next_blender_finds_it():
     subject()
     now, job = start(fit_iterations=100)

@@ -200,6 +200,17 @@ def test_a_job_can_be_followed_from_submission_to_removal(client):
         assert caught.value.code == "no-job"
 
 
+@pytest.mark.parametrize("id", ["../../etc", "a/b", "C:a", "", "a" * 65, None, 7])
+def test_a_job_whose_id_would_lead_into_another_folder_is_refused(client, monkeypatch, id):
+    monkeypatch.setattr(client, "_request", lambda *_, **__: {"job": {"id": id}, "jobs": [{"id": id}], "more": False, "first": True})
+    client._subscribed = True
+    asked = (client.jobs, lambda: client.job("a"), lambda: client.retry("a"), lambda: client._take_event({"job": id, "number": 1}))
+    for ask in asked:
+        with pytest.raises(KilnError) as caught:
+            ask()
+        assert caught.value.code == "bad-message"
+
+
 @pytest.mark.parametrize(
     "recipe, values, inputs, code, named",
     [
@@ -304,6 +315,22 @@ def test_an_upload_goes_on_where_the_line_was_cut(service, tmp_path):
         assert network.cuts == 1 and network.up < 1.4 * size
     with service.client() as client:
         assert hashlib.sha256(client.blob(job["inputs"]["big"])).hexdigest() == hashlib.sha256(big.read_bytes()).hexdigest()
+
+
+def test_an_upload_that_was_given_up_goes_on_where_it_was(client, tmp_path):
+    path, size = random_file(tmp_path / "large", 5_000_000), 5_000_000
+    hash = hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def give_up(sent, total):
+        if sent > 3_000_000:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        client.upload({hash: (size, path)}, give_up)
+    sent = []
+    client.upload({hash: (size, path)}, lambda there, total: sent.append(there))
+    assert min(there for there in sent if there) > 1_000_000 and sent[-1] == size
+    assert client.blob(hash) == path.read_bytes()
 
 
 def test_an_upload_goes_on_after_the_server_was_killed(services, tmp_path):
