@@ -196,7 +196,9 @@ def _target(views: Views, index: int) -> tuple[Float[np.ndarray, "5 rows columns
     return planes, (int(x.min()) // TILE, int(y.min()) // TILE, int(x.max()) // TILE + 1, int(y.max()) // TILE + 1)
 
 
-def preview_camera(camera: Camera) -> Camera:
+def preview_camera(cameras: list[Camera]) -> Camera:
+    """The camera that sees most of the subject's front (-Y in Blender), from its left and a little from above."""
+    camera = max(cameras, key=lambda one: float(one.world_from_camera[:3, 2] @ (-0.45, 0.8, -0.4)))
     return camera.scaled(min(1.0, PREVIEW_SIDE / max(camera.width, camera.height)))
 
 
@@ -240,7 +242,7 @@ def _fit_on_cpu(views: Views, p: recipes.Fit, seed: int, progress: Progress, sch
         if now - reported > REPORT_EVERY:
             reported, picture = now, None
             if now - shown > PREVIEW_EVERY:
-                shown, picture = now, _preview(rasteriser, parameters, count, preview_camera(views.cameras[0]))
+                shown, picture = now, _preview(rasteriser, parameters, count, preview_camera(views.cameras))
             progress(0.02 + 0.98 * (step + 1) / p.iterations, f"Step {step + 1} of {p.iterations}, {count} splats", picture)
     return unpack(parameters, count)
 

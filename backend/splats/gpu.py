@@ -172,7 +172,7 @@ def _fit(torch, device, views, p, seed, progress, schedule, shared, unpack) -> S
     targets = torch.tensor(views.images, device=device) * alphas[..., None]
     depths = None if views.depth is None else torch.tensor(np.where(views.alpha > 0, views.depth, 0), device=device)
     every_view, every_lens = _cameras(views.cameras, device)
-    preview = shared.preview_camera(views.cameras[0])
+    preview = shared.preview_camera(views.cameras)
     window = torch.exp(-0.5 * (torch.arange(11, device=device) - 5.0) ** 2 / 1.5**2)
     window /= window.sum()
 
