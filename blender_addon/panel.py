@@ -320,6 +320,7 @@ class KILN_PT_jobs(KilnPanel, bpy.types.Panel):
 
     def draw_job(self, layout, context, job):
         data, state = job.data, job.state
+        imported = session.imports_of(job)
         box = layout.box()
         icon = session.current.icon(job)
         if icon and state != "failed":
@@ -338,7 +339,6 @@ class KILN_PT_jobs(KilnPanel, bpy.types.Panel):
         elif state == "queued":
             draw_text(box, context, "Waiting for its turn", "TIME")
         elif state == "done":
-            imported = session.imports_of(job)
             took = time_text(data["finished"] - data["started"]) if data["finished"] and data["started"] else ""
             draw_text(box, context, f"Done in {took}" + (", in this file" if imported else ""), "CHECKMARK")
             waits = session.why_import_waits(job) if job.wants_import and job.results else ""
