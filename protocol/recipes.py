@@ -116,7 +116,8 @@ class Fit:
 
 @dataclass(frozen=True)
 class Surface:
-    """A closed mesh from splats: visibility decides inside and outside, splats and depth place the surface, marching cubes."""
+    """A closed mesh: visibility decides inside and outside; exact depth, or the splats where views have none, place the surface; marching
+    cubes."""
 
     grid: int = _number(224, 32, 512, "Cells along the longest side of the marching-cubes grid.")
     faces: int = _number(20_000, 100, 2_000_000, "Triangles of the finished mesh, at most.")

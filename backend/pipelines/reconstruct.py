@@ -21,7 +21,8 @@ def reconstruct(run: Run, folder: Path, p: recipes.Reconstruct) -> Asset:
 
 def from_views(run: Run, views: Views, p: recipes.Reconstruct) -> Asset:
     splats = run.stage("Fit splats", fit, views, p.fit, p.seed)
-    surface = run.stage("Extract surface", extract, splats, views, p.surface)
+    where_depth_is_missing = splats if views.depth is None else None  # exact depth places the surface better than any splat
+    surface = run.stage("Extract surface", extract, where_depth_is_missing, views, p.surface)
     mesh = run.stage("Bake texture", bake, surface, splats, views, p.texture)
     scores = run.stage("Measure", measure, mesh, splats, views)
     return Asset(mesh, splats, views.frame, scores, run.report(p))
