@@ -303,3 +303,25 @@ def test_views_that_could_not_be_sent_are_kept_and_sent_again_as_the_same_submis
     sent[1][2]({**job.data, "id": "b"}, None)
     assert now.jobs["b"] is job and not views.exists()
     now._forget(job)
+
+
+def test_what_was_asked_for_just_before_the_end_is_still_obeyed(link):
+    link._client = Slow([])
+    link._client.close = lambda: link._client.done.append("closed")
+    link.ask("cancel", job="a")
+    link._closing.set()
+    link.run()
+    assert link._client.done == [("cancel", "a"), "closed"]
+
+
+def test_a_choice_of_backend_is_saved_with_the_preferences():
+    bpy.context.preferences.is_dirty = False
+    bpy.ops.kiln.use_local()
+    assert bpy.context.preferences.is_dirty
+
+
+def test_the_log_of_a_backend_that_is_not_set_up_is_that_of_the_set_up():
+    session.current.connect()
+    session.current.wait(lambda: session.current.backend["state"] == "missing")
+    session.environment_log().unlink(missing_ok=True)
+    assert "set-up.log" in refused(bpy.ops.kiln.open_log)
