@@ -28,18 +28,19 @@ class Imported:
     splats_object: bpy.types.Object | None
 
 
-def import_asset(context: bpy.types.Context, folder: Path, source: dict, provenance: dict, options: dict | None = None) -> Imported:
+def import_asset(context: bpy.types.Context, folder: Path, source: dict, provenance: dict) -> Imported:
     """Bring `mesh.glb` and, where they are there, `splats.ply` and `preview.png` from `folder` into the scene of `source`.
 
-    source: as from capture.Capture.finish(), perhaps stored in between. provenance: what the asset should tell of its making (recipe,
-    parameters, job, kiln). options: {"undo": False} pushes no undo step, for callers that make their own.
+    source: as from capture.Capture.finish(), perhaps stored in between; a job from elsewhere has none of its places, and comes in at the
+    origin. provenance: what the asset should tell of its making (recipe, parameters, job, kiln).
     Raises KilnError("import-failed"); then nothing was imported.
     """
-    folder, options = Path(folder), options or {}
+    folder = Path(folder)
     title = source.get("title") or "Kiln asset"
     if not (folder / "mesh.glb").is_file():
         raise KilnError("import-failed", f"The result of {title} has no mesh.glb.", "Run the job again.")
     scene = bpy.data.scenes.get(source.get("scene", "")) or context.scene
+    source = {"location": (0, 0, 0), "rotation": (1, 0, 0, 0), "unit_scale": scene.unit_settings.scale_length, **source}
     before = {name: set(getattr(bpy.data, name)) for name in CLEANED}
     try:
         collection = bpy.data.collections.new(f"{title} (Kiln)")
@@ -50,14 +51,13 @@ def import_asset(context: bpy.types.Context, folder: Path, source: dict, provena
             splats_object = _splats(folder / "splats.ply", source, collection)
         _mark(context, collection, folder, source, provenance)
         show(collection, "mesh")
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
+    except Exception as error:  # a file from another machine, read by Blender's importer: it may fail in any way
         for name, known in before.items():
             for made in set(getattr(bpy.data, name)) - known:
                 getattr(bpy.data, name).remove(made)
         reason = str(error).removeprefix("Error: ").strip()
         raise KilnError("import-failed", f"The result of {title} cannot be imported: {reason}", "Run the job again.") from error
-    if options.get("undo", True):
-        _undo_step(context, f"Kiln: import {title}")
+    _undo_step(context, f"Kiln: import {title}")
     return Imported(collection, mesh_object, splats_object)
 
 

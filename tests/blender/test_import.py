@@ -338,6 +338,26 @@ def test_a_damaged_result_leaves_nothing_behind(tmp_path):
         import_asset.import_asset(bpy.context, tmp_path, source, PROVENANCE)
 
 
+def test_any_error_of_an_importer_is_said_and_leaves_nothing(tmp_path, monkeypatch):
+    bpy.ops.mesh.primitive_monkey_add()
+    make_results(tmp_path, bpy.context.object)
+    before = set(bpy.data.objects), set(bpy.data.meshes), set(bpy.data.collections)
+    monkeypatch.setattr(splat_nodes, "read_ply", lambda path: [][0])
+    with pytest.raises(KilnError, match="cannot be imported"):
+        import_asset.import_asset(bpy.context, tmp_path, {"title": "Suzanne"}, PROVENANCE)
+    assert (set(bpy.data.objects), set(bpy.data.meshes), set(bpy.data.collections)) == before
+
+
+@pytest.mark.oldest
+def test_a_job_from_the_command_line_comes_in_where_its_results_lie(tmp_path):
+    thing = placed("in centimetres")
+    make_results(tmp_path, thing, 0.01)
+    imported = import_asset.import_asset(bpy.context, tmp_path, {}, PROVENANCE)
+    bpy.context.view_layer.update()
+    assert imported.collection.name == "Kiln asset (Kiln)" and not any(imported.mesh_object.location)
+    assert np.allclose(box(world_vertices(imported.mesh_object)), box(world_vertices(thing)), atol=0.01)
+
+
 def test_two_results_of_one_source_stand_side_by_side(tmp_path):
     bpy.ops.mesh.primitive_monkey_add()
     make_results(tmp_path, bpy.context.object)
