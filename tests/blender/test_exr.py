@@ -66,6 +66,7 @@ def test_reads_what_blender_renders(tmp_path):
     scene = bpy.context.scene
     scene.collection.objects.link(camera)
     scene.camera, scene.render.engine, scene.cycles.samples = camera, "CYCLES", 1
+    scene.cycles.use_denoising = False  # not every Blender is built with a denoiser
     scene.render.resolution_x, scene.render.resolution_y = 20, 20
     scene.view_layers[0].use_pass_z = True
     scene.cycles.pixel_filter_type, scene.cycles.filter_width = "BOX", 0.01
