@@ -34,6 +34,7 @@ PYTORCH = "https://download.pytorch.org/whl/"  # PyTorch's public index; below i
 MARKER = "kiln-environment.json"  # what a finished environment was made from; "null" while it is being made
 CONSOLE = {"creationflags": subprocess.CREATE_NO_WINDOW} if sys.platform == "win32" else {}  # no window flashes up from Blender
 REPORT_EVERY = 0.2  # seconds
+LONGEST = 200  # characters of the longest path in an environment with PyTorch: 171 below Lib/site-packages, and some to spare
 
 Report = Callable[[float, str], None]  # fraction done in [0, 1] and what is being done; raises to cancel
 
@@ -288,14 +289,17 @@ def _create(target, python, locks, wheel, torch, bundle, report, log, started) -
     if any(line.startswith("torch==") for line in names):
         torch = torch or torch_build()
         _check_room(target, torch.gigabytes)
-    with _wheels_of(bundle) as folder:
+        _check_length(target)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(_wheels_of(bundle))
         base, version = _base_python(python, _pythons_of(folder) or PYTHONS if wheel else ())
         run = _Commands(report, log, version)
         before = about(target)
         in_place = before and before["fingerprint"] != wanted and before["python"].split(".")[:2] == version.split(".")[:2]
         if not in_place:
-            remove(target)
-            target.mkdir()
+            # What works is kept until its successor does, where there is room for both.
+            keep = before and (not torch or shutil.disk_usage(target.parent).free > torch.gigabytes * 1e9)
+            stack.enter_context(_replaced(target, report, bool(keep)))
         (target / MARKER).write_text("null")
         if not in_place:
             run("Making an empty environment", [str(base), "-I", "-u", "-X", "utf8", "-m", "venv", str(target)], 0.0, 0.03)
@@ -319,35 +323,60 @@ def _create(target, python, locks, wheel, torch, bundle, report, log, started) -
         if wheel:  # by itself: an update of Kiln with the same version number still counts
             update = [*install, "--no-deps", "--no-index", "--force-reinstall", str(wheel)]
             run("Installing Kiln's backend", update, 0.97, 1.0)
-    made = {
-        "fingerprint": wanted,
-        "python": version,
-        "device": torch.device if torch else None,
-        "seconds": round(time.monotonic() - started, 1),
-    }
-    unfinished = target / (MARKER + ".new")
-    unfinished.write_text(json.dumps(made, indent=1), "utf-8")
-    os.replace(unfinished, target / MARKER)
+        made = {
+            "fingerprint": wanted,
+            "python": version,
+            "device": torch.device if torch else None,
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        unfinished = target / (MARKER + ".new")
+        unfinished.write_text(json.dumps(made, indent=1), "utf-8")
+        os.replace(unfinished, target / MARKER)
     report(1.0, "Ready")
 
 
 def remove(target: Path, report: Report = silent) -> None:
     """Deletes an environment, whole or not; refuses a folder that is none."""
+    _delete(_put_aside(target, report))
+    report(1.0, "Removed")
+
+
+@contextlib.contextmanager
+def _replaced(target: Path, report: Report, keep: bool) -> Iterator[None]:
+    """An empty folder where the environment was. With `keep`, an error within this context brings the old one back: it has to be made
+    at its final place, because its scripts name that, and so the old one makes way."""
+    aside = _put_aside(target, report)
+    if not keep:
+        _delete(aside)
+    target.mkdir()
+    try:
+        yield
+    except BaseException:
+        if keep:
+            with contextlib.suppress(OSError):
+                _delete(target)
+                aside.rename(target)
+        raise
+    with contextlib.suppress(OSError):  # what stays goes with the next repair or removal
+        _delete(aside)
+
+
+def _put_aside(target: Path, report: Report) -> Path:
+    """Renames an environment and returns where it lies now, if there was one."""
     doomed = target.with_name(target.name + ".removed")
+    _delete(doomed)
     if target.exists():
         ours = (target / MARKER).exists() or (target / "pyvenv.cfg").exists()
         if not ours and any(target.iterdir()):
             raise SetupError(f"{target} holds other things than a Kiln environment.", "Move them away, or choose another folder.")
         report(0.0, "Removing the environment")
-        _delete(doomed)
         try:
             target.rename(doomed)  # all or nothing: on Windows a running backend keeps its files, and then nothing is lost
         except OSError as error:
             raise SetupError(
                 f"{target} is in use: {error.strerror or error}.", "Stop the backend and close other Blenders, then try again."
             ) from error
-    _delete(doomed)
-    report(1.0, "Removed")
+    return doomed
 
 
 def _delete(folder: Path) -> None:
@@ -418,6 +447,28 @@ def _check_room(target: Path, gigabytes: float) -> None:
     free = shutil.disk_usage(target.parent).free / 1e9
     if free < gigabytes and not target.exists():
         raise SetupError(f"{gigabytes:g} GB are needed in {target.parent}, {free:.1f} GB are free.", "Make room, then try again.")
+
+
+def _check_length(target: Path) -> None:
+    longest = len(str(target)) + LONGEST
+    if longest >= 260 and not _long_paths():
+        raise SetupError(
+            f"Windows allows paths of 259 characters here; in {target} they would have {longest}.",
+            'Turn long paths on (LongPathsEnabled; Microsoft\'s page "Maximum Path Length Limitation" says how), restart, then try again.',
+        )
+
+
+def _long_paths() -> bool:
+    """Whether programs may use paths of 260 characters and more."""
+    if sys.platform != "win32":
+        return True
+    import winreg
+
+    try:
+        with winreg.OpenKey(winreg.HKEY_LOCAL_MACHINE, r"SYSTEM\CurrentControlSet\Control\FileSystem") as key:
+            return winreg.QueryValueEx(key, "LongPathsEnabled")[0] == 1
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager

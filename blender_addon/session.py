@@ -732,7 +732,7 @@ def user_folder() -> Path:
 
 
 def environment_folder() -> Path:
-    return user_folder() / "environment"
+    return user_folder() / "env"  # short: Windows counts the characters of a path
 
 
 def environment_log() -> Path:

@@ -80,6 +80,15 @@ def test_an_environment_lives_from_missing_to_removed(tmp_path):
     environment.create(target, PYTHON, [lock], program, bundle=bundle)
     assert not (target / "sentinel").exists() and environment.state(target, [lock], program) == "ready"
 
+    # A repair that fails or is cancelled leaves the environment that worked.
+    (target / "sentinel").touch()
+    small_wheel(tmp_path / "others", "beta", "1.0")
+    with pytest.raises(environment.SetupError, match="alpha==2.0"):
+        environment.create(target, PYTHON, [lock], program, bundle=tmp_path / "others")
+    assert environment.state(target, [lock], program) == "ready" and (target / "sentinel").exists()
+    assert said_by(target, "import alpha; print(alpha.VERSION)") == "2.0"
+    assert not [path for path in tmp_path.iterdir() if "removed" in path.name]
+
     # What cannot be had is named, with where to read on; an update that failed leaves nothing that counts as whole.
     lock_file(lock, "alpha==3.0")
     with pytest.raises(environment.SetupError, match="alpha==3.0") as caught:
@@ -165,6 +174,15 @@ def test_what_cannot_be_set_up_is_said_with_what_to_do(tmp_path):
 
     with pytest.raises(environment.SetupError, match="no backend"):
         environment.create(tmp_path / "environment")  # a checkout is no packaged extension
+
+
+def test_too_long_paths_are_said_before_anything_is_fetched(tmp_path, monkeypatch):
+    lock = lock_file(tmp_path / "lock.txt", "torch==2.13.0")
+    target = tmp_path / ("long" * 15) / "environment"
+    monkeypatch.setattr(environment, "_long_paths", lambda: False)  # as on Windows, unless someone turned them on
+    with pytest.raises(environment.SetupError, match="allows paths of 259 characters"):
+        environment.create(target, PYTHON, [lock], torch=environment.Torch("cpu", None, 0.0, "test"))
+    assert not target.exists()
 
 
 def test_a_folder_with_other_things_is_never_removed(tmp_path):
