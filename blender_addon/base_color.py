@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
+import bmesh
 import bpy
 
 GREY = (0.8, 0.8, 0.8, 1.0)  # what Blender gives a surface without a material
@@ -76,6 +77,7 @@ def _covered(thing: bpy.types.Object, grey: bpy.types.Material) -> Iterator[None
     """Fill the empty material slots of an object, or give it one."""
     slots = [slot for slot in thing.material_slots if slot.material is None]
     added = not thing.material_slots
+    given = [part.material_index for part in _parts(thing)] if added else []
     try:
         if added:
             thing.data.materials.append(grey)
@@ -86,7 +88,22 @@ def _covered(thing: bpy.types.Object, grey: bpy.types.Material) -> Iterator[None
         for slot in slots:
             slot.material = None
         if added:
-            thing.data.materials.clear()
+            thing.data.materials.clear()  # sets every index to 0
+            if any(given):
+                for part, index in zip(_parts(thing), given, strict=True):
+                    part.material_index = index
+
+
+def _parts(thing: bpy.types.Object) -> Iterable:
+    """What has a material index: faces, splines or letters; in Edit mode those being edited."""
+    data = thing.data
+    if thing.type == "MESH":
+        if data.is_editmode:
+            return bmesh.from_edit_mesh(data).faces
+        return data.polygons
+    if thing.type == "FONT":
+        return data.body_format
+    return data.splines if thing.type in ("CURVE", "SURFACE") else ()
 
 
 @contextmanager

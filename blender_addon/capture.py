@@ -67,7 +67,7 @@ def subject(
         if objects is None:
             objects = [thing for thing in layer.objects if thing.select_get(view_layer=layer)]
             active = layer.objects.active
-            if active is not None and active not in objects and active.mode != "OBJECT":
+            if active is not None and active.mode != "OBJECT" and active not in objects:
                 objects.append(active)
         things = list(objects)
         if not things:
@@ -96,11 +96,12 @@ def _refuse_what_cannot_render(things, title, kind, scene, layer) -> None:
             )
         raise KilnError("bad-subject", f"{title}: none of these objects has a surface to rebuild.", "Select at least one mesh among them.")
     if kind != "collection":
-        shown = _rendered_collections(layer)
-        in_scene = [thing for thing in could if thing.name in scene.objects]
-        if not in_scene:
+        in_scene = set(scene.objects)  # sets: the panel asks at every redraw, with all that is selected
+        could = [thing for thing in could if thing in in_scene]
+        if not could:
             raise KilnError("bad-subject", f"{title} is not in scene {scene.name}.", "Link it to the scene, or choose another object.")
-        could = [thing for thing in in_scene if any(thing.name in collection.objects for collection in shown)]
+        shown = {thing for collection in _rendered_collections(layer) for thing in collection.objects}
+        could = [thing for thing in could if thing in shown]
     if all(thing.hide_render for thing in could):
         be = "is" if kind != "objects" else "are all"
         hint = "Turn its camera icon on in the Outliner, and that of its collection."
@@ -226,10 +227,12 @@ def _measure(scene: bpy.types.Scene) -> _Evaluated:
 def _evaluated(depsgraph: bpy.types.Depsgraph) -> _Evaluated:
     found = _Evaluated()
     cache: dict[int, np.ndarray] = {}  # extreme points of shared geometry, in its own frame, by its address
+    kept = 0  # points
     for instance in depsgraph.object_instances:
         thing = instance.object
         if thing.type not in SURFACES:
             continue
+        before = len(found.points)
         matrix = np.array(instance.matrix_world, np.float64)
         if not instance.is_instance:
             found.places[thing.original.session_uid] = instance.matrix_world.copy()
@@ -248,6 +251,11 @@ def _evaluated(depsgraph: bpy.types.Depsgraph) -> _Evaluated:
                 found.surfaces += 1
                 found.points.append(strands)
                 _note_materials(thing, found)
+        kept += sum(len(points) for points in found.points[before:])
+        if kept > 50_000:  # forests have millions
+            points = np.concatenate(found.points)
+            found.points = [points[_extremes(points)]]
+            kept = 0
     return found
 
 
@@ -484,7 +492,8 @@ def _cycles(scene: bpy.types.Scene, samples: int, bounces: bool, filter_width: f
     """Cycles with exactly `samples` samples a pixel, without bounces for data, with them (and then denoised) for light."""
     scene.render.engine = "CYCLES"
     cycles = scene.cycles
-    cycles.device = "GPU" if bpy.context.preferences.addons["cycles"].preferences.has_active_device() else "CPU"
+    # Data takes a moment on any CPU, while a GPU may first compile its kernels for minutes, inside a step that nobody can cancel.
+    cycles.device = "GPU" if bounces and bpy.context.preferences.addons["cycles"].preferences.has_active_device() else "CPU"
     cycles.samples = samples
     cycles.time_limit = 0.0
     cycles.use_animated_seed = cycles.use_adaptive_sampling = cycles.use_camera_cull = cycles.use_distance_cull = False
@@ -604,7 +613,6 @@ class Capture:
     Between steps nothing of the capture is in the file. `close()` may come at any time and removes a picture that was left half done.
 
     steps, done: renders altogether, and so far. cameras: camera-to-world 4x4 each, OpenGL axes, metres, the held-out ones last.
-    thumbnail: the picture that shows the subject from the front and a little from above.
     """
 
     def __init__(self, subject: Subject, p: recipes.Capture, folder: Path, seed: int = 0, like: "Capture | None" = None):
@@ -645,8 +653,6 @@ class Capture:
         if p.geometry:
             self._tasks += [("geometry", view) for view in range(len(self._directions))]
         self.steps, self.done, self._seen = len(self._tasks), 0, False
-        front = int((fitted @ np.array([0.45, -0.8, 0.4])).argmax())
-        self.thumbnail = self.folder / _color_name(front)
 
     def step(self) -> bool:
         """Render the next view, or the next few where preparing the scene takes long beside rendering it; True while views remain."""

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import time
 
 import bmesh
 import bpy
@@ -392,6 +393,21 @@ def test_surfaces_without_material_are_grey_and_get_none(tmp_path):
     assert len(bare.data.materials) == 0 and slotted.data.materials[:] == [None] and not bare.material_slots
 
 
+@pytest.mark.oldest
+@pytest.mark.parametrize("mode", ["OBJECT", "EDIT"])
+def test_faces_without_slots_keep_their_material_indices(tmp_path, mode):
+    bare = add("cube")
+    wanted = [0, 1, 2, 1, 0, 3]
+    bare.data.attributes.new("material_index", "INT", "FACE").data.foreach_set("value", wanted)
+    painted = add("cube", location=(3, 0, 0))
+    painted.data.materials.append(plain((0.8, 0, 0)))
+    bpy.context.view_layer.objects.active = bare
+    bpy.ops.object.mode_set(mode=mode)
+    take(tmp_path, objects=[bare, painted])
+    bpy.ops.object.mode_set(mode="OBJECT")
+    assert [face.material_index for face in bare.data.polygons] == wanted and not bare.material_slots
+
+
 @pytest.mark.skipif(bpy.app.version >= (5, 0, 0), reason="every material has nodes from 5.0 on")
 @pytest.mark.oldest
 def test_material_without_nodes_shows_its_viewport_color(tmp_path):
@@ -690,6 +706,38 @@ def test_each_impossible_subject_gets_its_sentence(tmp_path):
     stray = bpy.data.objects.new("Stray", bpy.data.meshes.new("Stray"))
     assert refusal(tmp_path, objects=[stray]).message == "Stray is not in scene Scene."
     assert all(error.hint for error in (nothing, camera))
+
+
+def test_what_is_selected_is_soon_known_even_of_thousands():
+    """The panel asks at every redraw. Twice the objects take about twice the time, not four times."""
+    mesh = bpy.data.meshes.new("shared")
+    seconds = []
+    for _ in range(2):
+        for _ in range(3000):
+            thing = bpy.data.objects.new("one", mesh)
+            bpy.context.scene.collection.objects.link(thing)
+            thing.select_set(True)
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            subject = capture.subject(bpy.context)
+            times.append(time.perf_counter() - started)
+        seconds.append(min(times))
+    assert len(subject.objects) == 6000 and seconds[1] < 3 * seconds[0] + 0.01
+
+
+def test_thousands_of_instances_are_measured_in_little_memory(tmp_path):
+    """5000 instances of 1000 points: as wide as they stand, while only their extremes are kept."""
+    mesh = bpy.data.meshes.new("ground")
+    side = np.arange(5000) % 100
+    mesh.from_pydata(np.stack([side, np.arange(5000) // 100, 0 * side], 1).tolist(), [], [])
+    ground = bpy.data.objects.new("ground", mesh)
+    bpy.context.scene.collection.objects.link(ground)
+    ball = add("uv_sphere", radius=0.4)
+    ball.parent, ground.instance_type = ground, "VERTS"
+    work = capture.Capture(capture.subject(bpy.context, objects=[ground]), QUICK, tmp_path)
+    assert sum(len(points) for points in work._evaluated.points) < 60_000
+    assert np.allclose(work._highest - work._lowest, (99.8, 49.8, 0.8), atol=0.01)
 
 
 def test_an_object_in_a_hidden_collection_is_hidden(tmp_path):
