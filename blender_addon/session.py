@@ -7,6 +7,7 @@ Nothing here keeps a reference to Blender data: jobs carry names and numbers (`s
 from __future__ import annotations
 
 import errno
+import json
 import os
 import queue
 import shutil
@@ -588,7 +589,7 @@ class Shoot:
             inputs, source = self.capture.finish()
             picture = current.folder / "pictures" / f"{self.folder.name}.png"
             picture.parent.mkdir(exist_ok=True)
-            shutil.copyfile(self.capture.thumbnail, picture)
+            shutil.copyfile(_from_the_front(inputs["transforms.json"]), picture)
         self.capture.close()
         current.capture = None
         return current.submit(self.recipe, inputs, source, self.title, self.folder, picture)
@@ -608,6 +609,17 @@ class Shoot:
         except BaseException:
             self.close()
             raise
+
+
+def _from_the_front(table: Path) -> Path:
+    """Of captured views the one that shows the subject from the front, a little from the right and from above."""
+    frames = json.loads(table.read_text("utf-8"))["frames"]
+
+    def facing(frame):
+        backwards = [row[2] for row in frame["transform_matrix"][:3]]  # from the subject to the camera
+        return 0.45 * backwards[0] - 0.8 * backwards[1] + 0.4 * backwards[2]
+
+    return table.parent / max(frames, key=facing)["file_path"]
 
 
 class SetUp(threading.Thread):
