@@ -341,10 +341,11 @@ def test_a_damaged_result_leaves_nothing_behind(tmp_path):
 def test_any_error_of_an_importer_is_said_and_leaves_nothing(tmp_path, monkeypatch):
     bpy.ops.mesh.primitive_monkey_add()
     make_results(tmp_path, bpy.context.object)
+    source = source_of(tmp_path)
     before = set(bpy.data.objects), set(bpy.data.meshes), set(bpy.data.collections)
     monkeypatch.setattr(splat_nodes, "read_ply", lambda path: [][0])
     with pytest.raises(KilnError, match="cannot be imported"):
-        import_asset.import_asset(bpy.context, tmp_path, {"title": "Suzanne"}, PROVENANCE)
+        import_asset.import_asset(bpy.context, tmp_path, source, PROVENANCE)
     assert (set(bpy.data.objects), set(bpy.data.meshes), set(bpy.data.collections)) == before
 
 
