@@ -17,6 +17,7 @@ from . import splat_nodes
 from .protocol.errors import KilnError
 
 CLEANED = ("objects", "meshes", "materials", "images", "collections", "node_groups", "actions", "armatures", "cameras", "lights", "scenes")
+CATALOG = "3f0d6f4e-4b8e-4c39-9a51-6b1f2d6c0a77"  # of all of Kiln's assets, in every library
 
 
 @dataclass(frozen=True)
@@ -212,9 +213,29 @@ def _mark(context: bpy.types.Context, collection: bpy.types.Collection, folder: 
     for tag in ("Kiln", recipe):
         if tag:
             asset.tags.new(tag, skip_if_exists=True)
+    _catalogue(context, asset)
     if (folder / "preview.png").is_file():
         with context.temp_override(id=collection):
             bpy.ops.ed.lib_id_load_custom_preview(filepath=str(folder / "preview.png"))
+
+
+def _catalogue(context: bpy.types.Context, asset: bpy.types.AssetMetaData) -> None:
+    """Files the asset under the catalog "Kiln". Catalogs are named in a text file of the asset library that holds the .blend file, or beside
+    it; in a file that was never saved the asset carries the catalog's id alone."""
+    asset.catalog_id = CATALOG
+    if not bpy.data.filepath:
+        return
+    file = Path(bpy.data.filepath).resolve()
+    libraries = [
+        Path(bpy.path.abspath(library.path)).resolve() for library in context.preferences.filepaths.asset_libraries if library.path
+    ]
+    catalogs = next((root for root in libraries if file.is_relative_to(root)), file.parent) / "blender_assets.cats.txt"
+    try:
+        known = catalogs.read_text(encoding="utf-8") if catalogs.exists() else "VERSION 1\n"
+        if CATALOG not in known:
+            catalogs.write_text(f"{known.rstrip()}\n{CATALOG}:Kiln:Kiln\n", encoding="utf-8")
+    except OSError as error:  # a folder that may not be written: the asset is whole without its catalog's name
+        print(f"Kiln: the asset catalog could not be written: {error}")
 
 
 def _undo_step(context: bpy.types.Context, message: str) -> None:

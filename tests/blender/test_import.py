@@ -223,6 +223,21 @@ def test_the_asset_tells_where_it_came_from_and_shows_the_mesh(tmp_path):
     assert hidden() == [(False, False), (False, False)]
 
 
+def test_the_asset_is_in_a_catalog_that_stands_beside_the_file_once(tmp_path):
+    bpy.ops.mesh.primitive_cube_add()
+    make_results(tmp_path, bpy.context.object)
+    source, catalogs = source_of(tmp_path), tmp_path / "blender_assets.cats.txt"
+    unsaved = import_asset.import_asset(bpy.context, tmp_path, source, PROVENANCE).collection.asset_data
+    assert unsaved.catalog_id and not catalogs.exists()
+    catalogs.write_text("VERSION 1\n\n11111111-2222-3333-4444-555555555555:Props:Props\n", encoding="utf-8")
+    bpy.ops.wm.save_as_mainfile(filepath=str(tmp_path / "scene.blend"))
+    for _ in range(2):
+        saved = import_asset.import_asset(bpy.context, tmp_path, source, PROVENANCE).collection.asset_data
+        assert saved.catalog_id == unsaved.catalog_id
+    lines = catalogs.read_text(encoding="utf-8").splitlines()
+    assert lines[2].endswith(":Props:Props") and lines[3:] == [f"{saved.catalog_id}:Kiln:Kiln"]
+
+
 @pytest.mark.oldest
 def test_provenance_survives_saving(tmp_path):
     bpy.ops.mesh.primitive_monkey_add()
