@@ -220,7 +220,7 @@ def _mark(context: bpy.types.Context, collection: bpy.types.Collection, folder: 
 
 
 def _catalogue(context: bpy.types.Context, asset: bpy.types.AssetMetaData) -> None:
-    """Files the asset under the catalog "Kiln". Catalogs are named in a text file of the asset library that holds the .blend file, or beside
+    """Files the asset under the catalog "Kiln". Catalogs are named in a text file of the asset library that holds the file, or beside
     it; in a file that was never saved the asset carries the catalog's id alone."""
     asset.catalog_id = CATALOG
     if not bpy.data.filepath:
