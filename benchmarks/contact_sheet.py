@@ -42,13 +42,14 @@ def main() -> None:
     for index in held:
         splatted = render(splats, source.cameras[index])
         pictures = {
-            "source": (source.on_black()[index], source.alpha[index]),
+            "source": (source.images[index] * source.alpha[index][..., None], source.alpha[index]),
             "splats": (splatted.color, splatted.alpha),
-            "mesh": (imported.on_black()[index], imported.alpha[index]),
+            "mesh": (imported.images[index] * imported.alpha[index][..., None], imported.alpha[index]),
         }
         truth, cover = pictures["source"]
         for name, (color, alpha) in pictures.items():
-            rows[name].append(color + PAPER * (1 - alpha[..., None]))
+            if len(rows[name]) < COLUMNS:
+                rows[name].append(color + PAPER * (1 - alpha[..., None]))
             if name != "source":
                 black[name].append(psnr(color, truth))
                 white[name].append(psnr(color + 1 - alpha[..., None], truth + 1 - cover[..., None]))
@@ -57,7 +58,7 @@ def main() -> None:
         report[f"{name}_psnr_white"] = round(float(np.mean(white[name])), 3)
     report |= score(a.out / "mesh.glb", a.source)
     (a.out / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
-    sheet([(name, row[:COLUMNS]) for name, row in rows.items()]).save(a.out / "contact_sheet.png")
+    sheet(list(rows.items())).save(a.out / "contact_sheet.png")
     print_report(report)
 
 

@@ -36,7 +36,7 @@ def bake(mesh: Mesh, splats: Splats, views: Views, p: recipes.Texture, progress:
     """
     seen = views.for_fitting
     progress(0.0, "Cutting charts")
-    source, uv, faces = unwrap(mesh, p.size, p.padding)
+    source, uv, faces = unwrap(mesh, p.size, p.padding, lambda done: progress(0.3 * done, "Cutting charts"))
     normals = vertex_normals(mesh)
     cut = Mesh(np.ascontiguousarray(mesh.vertices[source]), faces)
 
@@ -54,7 +54,9 @@ def bake(mesh: Mesh, splats: Splats, views: Views, p: recipes.Texture, progress:
         clean[i] = _clean(depths[i], seen.alpha[i], given, camera.fx)
         if given is not None:
             clean[i] &= ~hidden
-    light = linear_from_srgb(seen.images)
+    light = np.empty_like(seen.images)
+    for i, image in enumerate(seen.images):
+        light[i] = linear_from_srgb(image)
     poses = np.stack([camera.camera_from_world for camera in seen.cameras])
     lenses = np.array([[camera.fx, camera.fy, camera.cx, camera.cy] for camera in seen.cameras])
     color, weight = _blend(position, direction, poses, lenses, light, seen.alpha, depths, clean)
@@ -225,8 +227,9 @@ def _solve(texture, cut: Mesh, uv, seen: Views, light, clean, progress) -> Float
     height, width = seen.alpha.shape[1:]
     subject = int(clean.sum())
     supersample = 3 if subject * 9 <= RAYS else 2 if subject * 4 <= RAYS else 1
-    if subject == 0 or subject > RAYS:
+    if subject == 0:
         return texture
+    random = np.random.default_rng(0)
     parts = []
     for i, camera in enumerate(seen.cameras):
         progress(0.3 * i / len(seen))
@@ -234,6 +237,8 @@ def _solve(texture, cut: Mesh, uv, seen: Views, light, clean, progress) -> Float
         screen, inverse = raster.project(cut.vertices, fine)
         _, triangle = raster.z_buffer(screen, inverse, cut.faces, fine.width, fine.height)
         pixels = np.argwhere(clean[i])
+        if subject > RAYS:  # an even share of every view
+            pixels = pixels[random.random(len(pixels)) < RAYS / subject]
         base, share, whole = _rays(
             screen, inverse, cut.faces, triangle, uv.astype(np.float64), pixels, supersample, texture.shape[0], texture.shape[1]
         )

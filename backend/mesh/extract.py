@@ -49,15 +49,17 @@ def extract(splats: Splats, views: Views, p: recipes.Surface, progress: Progress
         raise KilnError(
             "no-surface", "The views show no surface: hardly any pixel has depth.", "Check that the subject fills the pictures."
         )
-    low, high = points.min(0), points.max(0)
+    low, high = points.min(0).astype(np.float64), points.max(0).astype(np.float64)
     cell = float((high - low).max()) / p.grid
     origin = low - MARGIN * cell
     shape = tuple(int(n) for n in np.ceil((high - origin) / cell).astype(int) + MARGIN + 1)
 
     progress(0.2, "Carving")
     field = np.empty(shape, np.int16)
-    maps = [_prepare(depth[i], seen.alpha[i], camera.fx, camera.fy) for i, camera in enumerate(seen.cameras)]
-    inverse, kind, rim = (np.stack(part) for part in zip(*maps, strict=True))
+    inverse, kind = np.empty(depth.shape, np.float32), np.empty(depth.shape, np.uint8)
+    rim = np.empty((len(seen), 2, *depth.shape[1:]), np.float32)
+    for i, camera in enumerate(seen.cameras):
+        inverse[i], kind[i], rim[i] = _prepare(depth[i], seen.alpha[i], camera.fx, camera.fy)
     poses = np.stack([camera.camera_from_world for camera in seen.cameras])
     lenses = np.array([[camera.fx, camera.fy, camera.cx, camera.cy] for camera in seen.cameras])
     for first in range(0, shape[0], 16):
@@ -66,7 +68,7 @@ def extract(splats: Splats, views: Views, p: recipes.Surface, progress: Progress
     progress(0.6, "Keeping thin parts")
     if exact:
         carved = field.copy()
-        thin = _keep_thin(field, (points - origin) / cell, normals)
+        thin = _keep_thin(field, (points - origin.astype(np.float32)) / np.float32(cell), normals)
         cores = (points[thin] - normals[thin] * radii[thin, None] - origin) / cell
     else:
         _add_density(field, splats, origin, cell)
@@ -105,17 +107,18 @@ def _surface_samples(
     points, normals, radii = [], [], []
     for i, camera in enumerate(seen.cameras):
         hit = depth[i] > 0
-        points.append(camera.unproject(depth[i])[hit])
-        radii.append(0.5 * seen.alpha[i][hit] * depth[i][hit] / camera.fx)
-        towards = camera.centre - points[-1]
+        place = camera.unproject(depth[i])[hit]
+        points.append(place.astype(np.float32))  # all pixels of all views: half the memory
+        radii.append((0.5 * seen.alpha[i][hit] * depth[i][hit] / camera.fx).astype(np.float32))
+        towards = camera.centre - place
         towards /= np.linalg.norm(towards, axis=1, keepdims=True)
         if seen.normals is None:
-            normals.append(towards)
+            normals.append(towards.astype(np.float32))
         else:
             given = seen.normals[i][hit].astype(np.float64)
             facing = (given * towards).sum(1, keepdims=True)
             usable = np.linalg.norm(given, axis=1, keepdims=True) > 0.5
-            normals.append(np.where(usable, given * np.where(facing < 0, -1, 1), towards))
+            normals.append(np.where(usable, given * np.where(facing < 0, -1, 1), towards).astype(np.float32))
     return np.concatenate(points), np.concatenate(normals), np.concatenate(radii)
 
 

@@ -17,12 +17,13 @@ from protocol.errors import KilnError
 SAMPLES = 200_000  # surface points a mesh
 CAMERAS = 100  # around the mesh; what none of them sees counts as hidden
 PIXELS = 512
+CEILING = 100.0  # dB: infinity has no place in JSON, nor in a mean
 
 
 def psnr(a: Float[np.ndarray, "h w 3"], b: Float[np.ndarray, "h w 3"]) -> float:
-    """Peak signal-to-noise ratio in dB over all pixels and channels, peak 1; infinite for equal pictures."""
+    """Peak signal-to-noise ratio in dB over all pixels and channels, peak 1; at most CEILING, which equal pictures get."""
     error = float(np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2))
-    return float("inf") if error == 0 else float(-10 * np.log10(error))
+    return CEILING if error == 0 else min(CEILING, float(-10 * np.log10(error)))
 
 
 def score(mesh_path: Path | str, source_path: Path | str) -> dict[str, float | int | bool]:

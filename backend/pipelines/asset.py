@@ -50,7 +50,7 @@ class Asset:
         Image.fromarray(self.scores.comparison).save(folder / "comparison.png")
         Image.fromarray(self.scores.preview).save(folder / "preview.png")
         report = {**self.report, **self.scores.figures}
-        (folder / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+        (folder / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
 
 
 def measure(mesh: TexturedMesh, splats: Splats, views: Views, progress: Progress = silent) -> Scores:
@@ -59,19 +59,22 @@ def measure(mesh: TexturedMesh, splats: Splats, views: Views, progress: Progress
     PSNR is the mean over held-out views of each view's PSNR, whole image, sRGB values, on black (and on white). Without held-out views
     the figures are null and the comparison shows views that the fit has seen.
     """
-    scored = views.for_scoring if views.holdout.any() else views.subset(np.arange(len(views)) < SHOWN)
+    scored = np.flatnonzero(views.holdout) if views.holdout.any() else np.arange(min(len(views), SHOWN))
     rows: dict[str, list[np.ndarray]] = {"views": [], "splats": [], "mesh": []}
     errors: dict[str, list[float]] = {"splats_psnr": [], "splats_psnr_white": [], "mesh_psnr": [], "mesh_psnr_white": []}
-    for index, camera in enumerate(scored.cameras):
-        progress(index / len(scored), f"view {index + 1} of {len(scored)}")
-        truth, alpha = scored.on_black()[index], scored.alpha[index]
+    for number, index in enumerate(scored):
+        progress(number / len(scored), f"view {number + 1} of {len(scored)}")
+        camera, alpha = views.cameras[index], views.alpha[index]
+        truth = views.images[index] * alpha[..., None]
         splatted = render(splats, camera)
         mesh_color, mesh_alpha = raster.render(mesh, camera)
         for name, color, cover in (("splats", splatted.color, splatted.alpha), ("mesh", mesh_color, mesh_alpha)):
             errors[f"{name}_psnr"].append(psnr(color, truth))
             errors[f"{name}_psnr_white"].append(psnr(color + (1 - cover[..., None]), truth + (1 - alpha[..., None])))
-            rows[name].append(color + PAPER * (1 - cover[..., None]))
-        rows["views"].append(truth + PAPER * (1 - alpha[..., None]))
+            if number < SHOWN:
+                rows[name].append(color + PAPER * (1 - cover[..., None]))
+        if number < SHOWN:
+            rows["views"].append(truth + PAPER * (1 - alpha[..., None]))
     figures: dict[str, Any] = {
         "views": int((~views.holdout).sum()),
         "holdout_views": int(views.holdout.sum()),
@@ -79,7 +82,7 @@ def measure(mesh: TexturedMesh, splats: Splats, views: Views, progress: Progress
         "faces": len(mesh.faces),
         **{name: round(float(np.mean(values)), 3) if views.holdout.any() else None for name, values in errors.items()},
     }
-    return Scores(figures, _sheet([row[:SHOWN] for row in rows.values()]), _preview(mesh))
+    return Scores(figures, _sheet(list(rows.values())), _preview(mesh))
 
 
 def _preview(mesh: TexturedMesh) -> UInt8[np.ndarray, "h w 4"]:

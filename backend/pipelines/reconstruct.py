@@ -16,7 +16,8 @@ from protocol import recipes
 
 def reconstruct(run: Run, folder: Path, p: recipes.Reconstruct) -> Asset:
     """The asset of the views in `folder` (SPEC.md, "Views")."""
-    return from_views(run, load(folder), p)
+    run.begin("Read views")
+    return from_views(run, load(folder, progress=run.progress), p)
 
 
 def from_views(run: Run, views: Views, p: recipes.Reconstruct) -> Asset:

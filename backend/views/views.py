@@ -16,11 +16,14 @@ import numpy as np
 from jaxtyping import Bool, Float
 from PIL import Image
 
+from backend.progress import Progress, silent
 from protocol.errors import KilnError
 
 from .cameras import OPENCV_FROM_OPENGL, Camera
 
 LARGEST_SIDE = 8192  # pixels
+DISTORTION = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2")  # of lenses, as COLMAP and nerfstudio write it
+PINHOLES = ("PINHOLE", "SIMPLE_PINHOLE", "OPENCV")  # OPENCV without distortion is one too
 MOST_VIEWS = 500
 MOST_PIXELS = 500_000_000  # over all views: about 10 GB as float32 with depth
 
@@ -56,14 +59,17 @@ class Views:
         return len(self.cameras)
 
     def subset(self, chosen: Bool[np.ndarray, "v"]) -> Views:
-        """The views where `chosen` is true."""
+        """The views where `chosen` is true; their pictures are shared, not copied, where they follow one another."""
+        places = np.flatnonzero(chosen)
+        chosen = np.asarray(chosen, bool)
+        run = slice(places[0], places[-1] + 1) if len(places) and np.ptp(places) == len(places) - 1 else chosen
         return Views(
             [camera for camera, keep in zip(self.cameras, chosen, strict=True) if keep],
-            self.images[chosen],
-            self.alpha[chosen],
-            None if self.depth is None else self.depth[chosen],
-            None if self.normals is None else self.normals[chosen],
-            self.holdout[chosen],
+            self.images[run],
+            self.alpha[run],
+            None if self.depth is None else self.depth[run],
+            None if self.normals is None else self.normals[run],
+            self.holdout[run],
             self.frame,
         )
 
@@ -80,47 +86,47 @@ class Views:
         return self.images * self.alpha[..., None]
 
 
-def load(folder: Path) -> Views:
+def load(folder: Path, progress: Progress = silent) -> Views:
     """The views of `folder/transforms.json`, or `KilnError("bad-input")` that names the file and what is wrong with it."""
     table = _read_table(folder)
-    cameras, images, alphas, depths, normals, holdout = [], [], [], [], [], []
-    for number, frame in enumerate(table["frames"]):
-        where = f"View {number} ({frame.get('file_path', 'no file_path')})"
-        image, alpha = _read_image(folder, frame, where)
-        cameras.append(_camera({**table, **frame}, image.shape[1], image.shape[0], where))
-        images.append(image)
-        alphas.append(alpha)
-        if "geometry_file_path" in frame:
-            depth, normal = _read_geometry(folder, frame, image.shape[:2], where)
-            depths.append(depth)
-            normals.append(normal)
-        holdout.append(frame.get("split", "train") != "train")
-        if image.shape != images[0].shape:
-            raise KilnError("bad-input", f"{where} has another size than view 0.", "Render all views at one size.")
-    if sum(not held for held in holdout) < 3:
+    frames = table["frames"]
+    names = [f"View {number} ({frame.get('file_path', 'no file_path')})" for number, frame in enumerate(frames)]
+    holdout = np.array([frame.get("split", "train") != "train" for frame in frames], bool)
+    if (~holdout).sum() < 3:
         raise KilnError(
-            "bad-input", f"{len(images)} views are too few.", "Give at least 3 views from different sides, 16 or more for a good result."
+            "bad-input", f"{len(frames)} views are too few.", "Give at least 3 views from different sides, 16 or more for a good result."
         )
-    coverage = np.array([float(alpha.mean()) for alpha in alphas])
-    if coverage.max() < 1e-5:
+    width, height = _size(folder, frames[0], names[0])
+    if width * height * len(frames) > MOST_PIXELS:
+        raise KilnError(
+            "bad-input",
+            f"{len(frames)} views of {width} x {height} pixels are too much to hold in memory.",
+            f"At most {MOST_PIXELS // 1_000_000} million pixels over all views: give fewer or smaller ones.",
+        )
+    has_geometry = all("geometry_file_path" in frame for frame in frames)
+    images, alpha = np.empty((len(frames), height, width, 3), np.float32), np.empty((len(frames), height, width), np.float32)
+    depth, normals = (np.empty_like(alpha), np.empty_like(images)) if has_geometry else (None, None)
+    cameras = []
+    for number, (frame, where) in enumerate(zip(frames, names, strict=True)):
+        progress(number / len(frames), f"view {number + 1} of {len(frames)}")
+        if _size(folder, frame, where) != (width, height):
+            raise KilnError("bad-input", f"{where} has another size than view 0.", "Render all views at one size.")
+        images[number], alpha[number] = _read_image(folder, frame, where)
+        cameras.append(_camera({**table, **frame}, width, height, where))
+        if depth is not None and normals is not None:
+            depth[number], normals[number] = _read_geometry(folder, frame, (height, width), where)
+    if max(float(one.mean()) for one in alpha) < 1e-5:
         raise KilnError("bad-input", "All views are empty: alpha is 0 everywhere.", "Check that the object is visible in renders.")
-    if all(float(alpha.min()) > 0.99 for alpha in alphas):
+    if float(alpha.min()) > 0.99:
         raise KilnError(
             "bad-input",
             "The pictures have no alpha: nothing tells the subject from the background.",
             "Save RGBA PNGs with a transparent background (in Blender: Render > Film > Transparent), or cut the subject out first.",
         )
-    frame = _unit_frame(cameras)
-    has_geometry = len(depths) == len(images)
-    return Views(
-        cameras=[camera.moved(frame.centre, frame.scale) for camera in cameras],
-        images=np.stack(images),
-        alpha=np.stack(alphas),
-        depth=np.stack(depths) * np.float32(frame.scale) if has_geometry else None,
-        normals=np.stack(normals) if has_geometry else None,
-        holdout=np.array(holdout),
-        frame=frame,
-    )
+    unit = _unit_frame(cameras)
+    if depth is not None:
+        depth *= np.float32(unit.scale)
+    return Views([camera.moved(unit.centre, unit.scale) for camera in cameras], images, alpha, depth, normals, holdout, unit)
 
 
 def _read_table(folder: Path) -> dict:
@@ -147,18 +153,30 @@ def _inside(folder: Path, name: object, where: str) -> Path:
     return path
 
 
-def _read_image(folder: Path, frame: dict, where: str) -> tuple[np.ndarray, np.ndarray]:
+def _picture(folder: Path, frame: dict, where: str) -> Path:
     path = _inside(folder, frame.get("file_path", ""), where)
-    if not path.suffix:
-        path = path.with_suffix(".png")  # the original NeRF scenes leave it out
+    return path if path.suffix else path.with_suffix(".png")  # the original NeRF scenes leave it out
+
+
+def _size(folder: Path, frame: dict, where: str) -> tuple[int, int]:
+    """Width and height, from the file's header alone."""
     try:
-        with Image.open(path) as picture:
-            if max(picture.size) > LARGEST_SIDE:
-                raise KilnError("bad-input", f"{where} is {picture.width} x {picture.height} pixels.", f"At most {LARGEST_SIDE} a side.")
+        with Image.open(_picture(folder, frame, where)) as picture:
+            width, height = picture.size
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise KilnError("bad-input", f"{where} cannot be read: {error}.", "Save it again as PNG.") from None
+    if max(width, height) > LARGEST_SIDE:
+        raise KilnError("bad-input", f"{where} is {width} x {height} pixels.", f"At most {LARGEST_SIDE} a side.")
+    return width, height
+
+
+def _read_image(folder: Path, frame: dict, where: str) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with Image.open(_picture(folder, frame, where)) as picture:
             pixels = np.asarray(picture.convert("RGBA"), np.float32) / np.float32(255)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise KilnError("bad-input", f"{where} cannot be read: {error}.", "Save it again as PNG.") from None
-    return np.ascontiguousarray(pixels[..., :3]), np.ascontiguousarray(pixels[..., 3])
+    return pixels[..., :3], pixels[..., 3]
 
 
 def _read_geometry(folder: Path, frame: dict, shape: tuple[int, int], where: str) -> tuple[np.ndarray, np.ndarray]:
@@ -183,17 +201,22 @@ def _camera(entry: dict, width: int, height: int, where: str) -> Camera:
         focal = 0.5 * width / np.tan(0.5 * float(entry["camera_angle_x"])) if "fl_x" not in entry else float(entry["fl_x"])
         fx, fy = focal, float(entry.get("fl_y", focal))
         cx, cy = float(entry.get("cx", width / 2)), float(entry.get("cy", height / 2))
-    except (KeyError, TypeError, ValueError) as error:
+        scale_x, scale_y = width / float(entry.get("w", width)), height / float(entry.get("h", height))
+        bends = any(float(entry.get(name) or 0) != 0 for name in DISTORTION)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise KilnError(
             "bad-input", f"{where} has no usable camera: {error}.", "Each frame needs transform_matrix, and fl_x or camera_angle_x."
         ) from None
+    if bends or entry.get("camera_model", "PINHOLE") not in PINHOLES:
+        raise KilnError("bad-input", f"{where} has lens distortion.", "Undistort the pictures first, and give pinhole cameras.")
     rotation = matrix[:3, :3] if matrix.shape == (4, 4) else np.zeros((3, 3))
-    usable = np.isfinite(matrix).all() and np.isfinite([fx, fy, cx, cy]).all() and fx > 0 and fy > 0
+    usable = np.isfinite(matrix).all() and np.isfinite([fx, fy, cx, cy, scale_x, scale_y]).all() and min(fx, fy, scale_x, scale_y) > 0
     if not usable or not np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-3):
         raise KilnError(
             "bad-input", f"{where}: its transform_matrix is not a rotation and a place.", "Write camera-to-world matrices without scale."
         )
-    scale_x, scale_y = width / float(entry.get("w", width)), height / float(entry.get("h", height))
+    if np.linalg.det(rotation) < 0:
+        raise KilnError("bad-input", f"{where}: its transform_matrix mirrors the world.", "Write rotations: no axis may be negated alone.")
     left, _, right = np.linalg.svd(rotation)  # JSON rounds; camera matrices are inverted by transposing
     matrix[:3, :3] = left @ right
     camera_from_world = np.linalg.inv(matrix @ OPENCV_FROM_OPENGL)
@@ -201,7 +224,8 @@ def _camera(entry: dict, width: int, height: int, where: str) -> Camera:
 
 
 def _unit_frame(cameras: list[Camera]) -> Frame:
-    """The sphere that all cameras see whole: centre nearest to all optical axes, radius up to the narrowest frustum's side."""
+    """The sphere that the cameras see whole: centre nearest to all optical axes, radius up to the side of the frustum that is narrowest but
+    for a quarter of the cameras: close-ups do not shrink everybody's sphere."""
     axes = np.stack([camera.world_from_camera[:3, 2] for camera in cameras])
     eyes = np.stack([camera.centre for camera in cameras])
     across = np.eye(3) - axes[:, :, None] * axes[:, None, :]
@@ -209,10 +233,9 @@ def _unit_frame(cameras: list[Camera]) -> Frame:
     if np.linalg.eigvalsh(system)[0] < 1e-6 * len(cameras):
         raise KilnError("bad-input", "All cameras look in one direction.", "Give views from different sides of the subject.")
     centre = np.linalg.solve(system, (across @ eyes[:, :, None]).sum(0)[:, 0])
-    radius = np.inf
-    for camera, eye in zip(cameras, eyes, strict=True):
-        half = min(camera.width / camera.fx, camera.height / camera.fy) / 2
-        radius = min(radius, float(np.linalg.norm(eye - centre)) * half / np.hypot(1.0, half))
-    if not radius > 0:
+    half = np.array([min(camera.width / camera.fx, camera.height / camera.fy) / 2 for camera in cameras])
+    distance = np.linalg.norm(eyes - centre, axis=1)
+    radius = float(np.quantile(distance * half / np.hypot(1.0, half), 0.25, method="lower"))
+    if not radius > 0 or distance.min() <= radius:
         raise KilnError("bad-input", "The cameras do not stand around one subject.", "Let every camera look at the subject from outside.")
     return Frame(centre, 1.0 / radius)

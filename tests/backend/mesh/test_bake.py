@@ -4,13 +4,15 @@ import numpy as np
 import pytest
 import trimesh
 
-from backend.mesh import raster
+from backend.mesh import bake as baking
+from backend.mesh import raster, unwrap
 from backend.mesh.bake import bake, vertex_normals
 from backend.mesh.measure import psnr
 from backend.mesh.mesh import Mesh
 from backend.splats.model import SH_C0, Splats
 from backend.views.views import Views
 from protocol import recipes
+from protocol.errors import Cancelled
 from tests.backend.mesh.scenes import capture, sphere, torus, union, waves
 
 TEXTURE = recipes.Texture(size=256)
@@ -116,3 +118,28 @@ def test_normals_are_smooth_across_seams_and_point_outward(ring_views):
 def test_it_repeats_exactly(ring_views):
     first, second = (bake(as_mesh(RING), None, ring_views, TEXTURE) for _ in range(2))
     assert np.array_equal(first.base_color, second.base_color) and np.array_equal(first.uv, second.uv)
+
+
+def test_more_pixels_than_the_solver_holds_still_solve(ring_views, monkeypatch):
+    monkeypatch.setattr(baking, "RAYS", int(ring_views.alpha.sum()) // 3)
+    solved = bake(as_mesh(RING), None, ring_views, TEXTURE)
+    monkeypatch.setattr(baking, "SWEEPS", 0)
+    blended = bake(as_mesh(RING), None, ring_views, TEXTURE)
+    assert not np.array_equal(solved.base_color, blended.base_color)
+    assert quality(solved, ring_views) > quality(blended, ring_views)
+
+
+def test_cutting_charts_stops_when_cancelled():
+    def cancel(done):
+        raise Cancelled
+
+    with pytest.raises(Cancelled):
+        unwrap.unwrap(as_mesh(BALL), 256, 2, cancel)
+
+
+def test_a_mesh_cut_in_parts_is_the_same_surface():
+    mesh = as_mesh(trimesh.creation.icosphere(5, 0.6))  # 20480 faces
+    source, uv, faces = unwrap.unwrap(mesh, 512, 2)
+    assert len(mesh.faces) > unwrap.PART
+    assert np.array_equal(source[faces], mesh.faces)
+    assert uv.min() >= 0 and uv.max() <= 1

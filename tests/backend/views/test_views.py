@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from backend.views import views as loading
 from backend.views.cameras import OPENCV_FROM_OPENGL, look_at
 from backend.views.views import load
 from protocol.errors import KilnError
@@ -149,3 +150,41 @@ def test_pictures_without_a_silhouette_are_refused(tmp_path, alpha, sentence):
 def test_a_folder_without_cameras_is_refused(tmp_path):
     with pytest.raises(KilnError, match="no transforms.json"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"k1": 0.1}, "distortion"), ({"camera_model": "OPENCV_FISHEYE"}, "distortion"), ({"w": 0}, "camera"), ({"h": "tall"}, "camera")],
+)
+def test_cameras_that_are_no_pinholes_are_refused(tmp_path, changes, says):
+    write_views(tmp_path, **changes)
+    with pytest.raises(KilnError, match=says):
+        load(tmp_path)
+
+
+def test_a_mirrored_camera_is_refused(tmp_path):
+    write_views(tmp_path)
+    table = json.loads((tmp_path / "transforms.json").read_text())
+    for row in table["frames"][2]["transform_matrix"]:
+        row[0] = -row[0]
+    (tmp_path / "transforms.json").write_text(json.dumps(table))
+    with pytest.raises(KilnError, match="mirrors"):
+        load(tmp_path)
+
+
+def test_too_many_pixels_are_refused_before_any_is_read(tmp_path, monkeypatch):
+    write_views(tmp_path)
+    monkeypatch.setattr(loading, "MOST_PIXELS", 32 * 32 * 6 - 1)
+    monkeypatch.setattr(loading, "_read_image", None)
+    with pytest.raises(KilnError, match="memory"):
+        load(tmp_path)
+
+
+def test_one_close_up_does_not_shrink_everybodys_sphere(tmp_path):
+    write_views(tmp_path)
+    table = json.loads((tmp_path / "transforms.json").read_text())
+    matrix = np.array(table["frames"][0]["transform_matrix"])
+    matrix[:3, 3] = CENTRE + 0.6 * (matrix[:3, 3] - CENTRE)
+    table["frames"][0]["transform_matrix"] = matrix.tolist()
+    (tmp_path / "transforms.json").write_text(json.dumps(table))
+    assert load(tmp_path).frame.scale == pytest.approx(1 / RADIUS, rel=1e-6)
