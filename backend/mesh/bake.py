@@ -109,7 +109,7 @@ def _texels(
     return place, position, direction / np.maximum(np.linalg.norm(direction, axis=1, keepdims=True), 1e-12)
 
 
-@njit(cache=True)
+@njit(nogil=True, cache=True)
 def _weights(screen, flat, faces, place):
     weights = np.empty((len(place), 3))
     for t in range(len(place)):
@@ -136,7 +136,7 @@ def _clean(
     return clean
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, nogil=True, cache=True)
 def _blend(position, direction, poses, lenses, light, alpha, depths, clean):
     """Mean colour of the BEST views of each texel, and their weight, 0 where none saw it.
 
@@ -261,7 +261,7 @@ def _solve(texture, cut: Mesh, uv, seen: Views, light, clean, progress) -> Float
     return texture
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, nogil=True, cache=True)
 def _rays(screen, inverse_depth, faces, triangle, uv, pixels, supersample, height, width):
     """For each pixel's rays the first texel (row, column) and the shares of the next ones; whether all its rays meet the mesh."""
     count = supersample * supersample
@@ -283,7 +283,7 @@ def _rays(screen, inverse_depth, faces, triangle, uv, pixels, supersample, heigh
     return base, share, whole
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, nogil=True, cache=True)
 def _gather(texture, base, share):
     """The pixels that a texture makes."""
     count = base.shape[1]
@@ -299,7 +299,7 @@ def _gather(texture, base, share):
     return pixels
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, nogil=True, cache=True)
 def _scatter(pixels, base, share, order, rows, shape):
     """The transpose of `_gather`. Each texture row is summed by one thread in one order: the result does not depend on their number."""
     texture = np.zeros(shape, np.float32)

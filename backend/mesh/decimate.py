@@ -33,7 +33,7 @@ def decimate(mesh: Mesh, faces: int) -> Mesh:
     return Mesh((vertices[used] + centre).astype(np.float32), index.reshape(-1, 3).astype(np.int32))
 
 
-@njit(cache=True)
+@njit(nogil=True, cache=True)
 def _best_place(q, pa, pb):
     """Where an edge's vertex goes, and what it costs: x'Ax + 2b'x + c with q = (A: xx xy xz yy yz zz, b: x y z, c)."""
     mx, my, mz = (pa[0] + pb[0]) / 2, (pa[1] + pb[1]) / 2, (pa[2] + pb[2]) / 2
@@ -56,7 +56,7 @@ def _best_place(q, pa, pb):
     return max(cost, 0.0), x, y, z
 
 
-@njit(cache=True)
+@njit(nogil=True, cache=True)
 def _around(v, first, following, faces, alive, found):
     """The live corners (3 * face + corner) at a vertex, and their number; forgets dead ones on the way."""
     count, previous, corner = 0, -1, first[v]
@@ -76,7 +76,7 @@ def _around(v, first, following, faces, alive, found):
     return count
 
 
-@njit(cache=True)
+@njit(nogil=True, cache=True)
 def _turns(vertices, faces, corners, count, other, place):
     """Whether moving a vertex to `place` turns one of its faces over or makes it needle-thin; faces that hold `other` vanish."""
     for n in range(count):
@@ -94,7 +94,7 @@ def _turns(vertices, faces, corners, count, other, place):
     return False
 
 
-@njit(cache=True)
+@njit(nogil=True, cache=True)
 def _collapse_edges(vertices, faces, target):
     count = len(vertices)
     alive = np.ones(len(faces), np.bool_)

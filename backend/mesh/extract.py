@@ -122,7 +122,7 @@ def _surface_samples(
     return np.concatenate(points), np.concatenate(normals), np.concatenate(radii)
 
 
-@njit(cache=True)
+@njit(nogil=True, cache=True)
 def _prepare(depth, alpha, fx, fy):
     """What carving looks up in one view: 1 / depth, what each 2 x 2 block of pixels shows, and the alpha at a silhouette.
 
@@ -162,7 +162,7 @@ def _prepare(depth, alpha, fx, fy):
     return inverse, kind, rim
 
 
-@njit(cache=True)
+@njit(nogil=True, cache=True)
 def _signed_distance(x, y, z, lens, inverse, kind, rim):
     """How far a place (camera axes) lies in front of what one view sees, in world units; -inf where the view says nothing. And the cosine
     of the view's angle to the surface, 0 where it is unknown.
@@ -200,7 +200,7 @@ def _signed_distance(x, y, z, lens, inverse, kind, rim):
     return distance, 0.0
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, nogil=True, cache=True)
 def _carve(field, first, last, origin, cell, poses, lenses, inverse, kind, rim):
     """field[first:last]: the largest free distance over all views, averaged over those that agree; STEPS of a cell, cut off at REACH."""
     views = len(poses)
@@ -237,7 +237,7 @@ def _carve(field, first, last, origin, cell, poses, lenses, inverse, kind, rim):
             field[i, j, k] = np.int16(min(max(largest, -REACH), REACH) * STEPS)
 
 
-@njit(cache=True)
+@njit(nogil=True, cache=True)
 def _keep_thin(field, points, normals):
     """Puts a ball of THINNEST cells at every surface point (cells) that has no solid behind it: a part thinner than the grid resolves, or
     one that some view's pixels missed. Every such point was seen, so something is there."""
@@ -258,7 +258,7 @@ def _keep_thin(field, points, normals):
     return thin
 
 
-@njit(cache=True)
+@njit(nogil=True, cache=True)
 def _lookup(field, x, y, z):
     """The field between grid points, in cells; 0 outside the grid."""
     i, j, k = int(x), int(y), int(z)
@@ -294,7 +294,7 @@ def _slim(mesh: Mesh, carved: np.ndarray, cores: Float[np.ndarray, "n 3"], radii
     return Mesh(vertices.astype(np.float32), mesh.faces)
 
 
-@njit(cache=True)
+@njit(nogil=True, cache=True)
 def _lookups(field, points):
     values = np.empty(len(points))
     for n in range(len(points)):
@@ -314,7 +314,7 @@ def _add_density(field: np.ndarray, splats: Splats, origin: Float[np.ndarray, "3
     np.minimum(field, (np.clip((DENSITY - density) / DENSITY, -1, 1) * STEPS).astype(np.int16), out=field)
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, nogil=True, cache=True)
 def _density(shape, means, inverse_axes, opacity, reach):
     """Sum of opacity x exp(-r^2 / 2) at every grid point; inverse_axes[n] takes an offset in cells to standard deviations."""
     density = np.zeros(shape, np.float32)

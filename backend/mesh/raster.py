@@ -69,7 +69,7 @@ def srgb_from_linear(light):
     return np.where(light <= 0.0031308, light * 12.92, 1.055 * np.maximum(light, 0.0031308) ** (1 / 2.4) - 0.055).astype(np.float32)
 
 
-@njit(cache=True)
+@njit(nogil=True, cache=True)
 def _rows(screen, inverse_depth, face, width, height):
     """The first and last row whose centres a face can cover; first > last if it covers none."""
     a, b, c = face
@@ -86,7 +86,7 @@ def _rows(screen, inverse_depth, face, width, height):
     return max(0, int(np.ceil(top - 0.5 - EDGE))), min(height - 1, int(np.floor(bottom - 0.5 + EDGE)))
 
 
-@njit(cache=True)
+@njit(nogil=True, cache=True)
 def _bin(screen, inverse_depth, faces, width, height):
     """Faces listed by band of rows, in their own order within a band."""
     bands = (height + BAND - 1) // BAND
@@ -109,7 +109,7 @@ def _bin(screen, inverse_depth, faces, width, height):
     return order, starts
 
 
-@njit(cache=True)
+@njit(nogil=True, cache=True)
 def _span(screen, face, sign, y, width):
     """First and last column whose centres lie in the face on the row at height y."""
     low, high = -0.5, width - 0.5
@@ -126,14 +126,14 @@ def _span(screen, face, sign, y, width):
     return max(0, int(np.ceil(low - 0.5))), min(width - 1, int(np.floor(high - 0.5)))
 
 
-@njit(cache=True)
+@njit(nogil=True, cache=True)
 def _area(screen, face):
     """Twice the signed area on the screen."""
     a, b, c = face
     return (screen[b, 0] - screen[a, 0]) * (screen[c, 1] - screen[a, 1]) - (screen[b, 1] - screen[a, 1]) * (screen[c, 0] - screen[a, 0])
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, nogil=True, cache=True)
 def _fill(screen, inverse_depth, faces, order, starts, width, height):
     inverse = np.zeros((height, width))
     triangle = np.full((height, width), np.int32(-1))
@@ -162,7 +162,7 @@ def _fill(screen, inverse_depth, faces, order, starts, width, height):
     return inverse, triangle
 
 
-@njit(cache=True)
+@njit(nogil=True, cache=True)
 def barycentric(screen, inverse_depth, face, x, y):
     """Perspective-correct weights of a face's corners at a place on the screen."""
     a, b, c = face
@@ -176,7 +176,7 @@ def barycentric(screen, inverse_depth, face, x, y):
     return wa / total, wb / total, wc / total
 
 
-@njit(cache=True)
+@njit(nogil=True, cache=True)
 def texel_taps(u, v, width, height):
     """The four texels around a place in a texture, as columns, rows (row 0 at the top) and the share of the second of each."""
     x = min(max(u * width - 0.5, 0.0), width - 1.0)
@@ -185,7 +185,7 @@ def texel_taps(u, v, width, height):
     return column, row, x - column, y - row
 
 
-@njit(parallel=True, cache=True)
+@njit(parallel=True, nogil=True, cache=True)
 def _shade(screen, inverse_depth, faces, triangle, uv, texture, supersample):
     height, width = triangle.shape[0] // supersample, triangle.shape[1] // supersample
     light = np.zeros((height, width, 3), np.float32)
