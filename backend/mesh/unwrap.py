@@ -1,7 +1,7 @@
 """UV charts, cut and packed by xatlas.
 
 xatlas holds the GIL for as long as it works, half a minute for a large mesh: it runs in a process of its own, so that this one stays
-alive to report and to be cancelled. Large meshes are split in space first, as the time for a chart grows faster than its number of faces.
+alive to report and to be cancelled. Large meshes are split in space first, as the time grows faster than the number of faces.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from backend.progress import Progress, silent
 from protocol.errors import KilnError
 
 MAX_COST = 8.0  # xatlas' price of a chart; its default of 2 cuts smooth surfaces into more charts
-PART = 5_000  # faces that are cut into charts together
+WHOLE = 25_000  # faces up to which a mesh is cut into charts as a whole, in a few seconds
+PART = 5_000  # faces of a larger mesh that are cut together: each border between parts is a seam, but the time stays in proportion
 FACES_A_SECOND = 5_000  # about, for the progress alone
 
 
@@ -83,7 +84,8 @@ def _parts(centres: Float[np.ndarray, "f 3"], faces: Int[np.ndarray, "f"]) -> li
 
 def _cut(points: Float[np.ndarray, "n 3"], triangles: Int[np.ndarray, "f 3"], size: int, padding: int):
     atlas = xatlas.Atlas()
-    parts = _parts(points[triangles].mean(1), np.arange(len(triangles)))
+    everything = np.arange(len(triangles))
+    parts = [everything] if len(triangles) <= WHOLE else _parts(points[triangles].mean(1), everything)
     used = []
     for part in parts:
         own, index = np.unique(triangles[part], return_inverse=True)
