@@ -1,6 +1,7 @@
 """The `kiln` command: serve, run, jobs, stop, doctor. `kiln run RECIPE --help` lists a recipe's parameters, made from its definition.
 
-Exit codes: 0 all well, 1 a job failed (or doctor found a problem), 2 a bad argument or input, 3 no backend, 130 cancelled with Ctrl-C.
+Exit codes: 0 all well, 1 a job failed (or doctor found a problem), 2 a bad argument or input, 3 no backend, 4 one runs already (`serve`),
+130 cancelled with Ctrl-C.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ from backend.store import check_name, size_of
 from protocol import VERSION, connection, recipes
 from protocol.errors import KilnError
 
-DONE, FAILED, BAD, UNAVAILABLE, CANCELLED = 0, 1, 2, 3, 130
+DONE, FAILED, BAD, UNAVAILABLE, RUNS_ALREADY, CANCELLED = 0, 1, 2, 3, 4, 130
 START_SECONDS = 30.0  # that a started backend may take to answer; it takes one
+STOP_SECONDS = 20.0  # that a backend may take to end
 _BAD_CODES = ("bad-parameter", "bad-recipe", "bad-input", "bad-request", "no-job", "bad-state")
 _ENDED = ("done", "failed", "cancelled")
 
@@ -45,6 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"kiln: {error.message}", file=sys.stderr)
         if error.hint:
             print(f"      {error.hint}", file=sys.stderr)
+        if error.code == "already-running":
+            return RUNS_ALREADY
         return BAD if error.code in _BAD_CODES else UNAVAILABLE if error.code in ("unavailable", "refused", "timeout") else FAILED
     except KeyboardInterrupt:
         return CANCELLED
@@ -109,7 +113,7 @@ def _recipe_parser(actions: Any, recipe: Any) -> None:
     parser.add_argument("--title", default="", help="name of the job in lists; default: the input's name")
     parser.add_argument("--json", action="store_true", help="print the finished job as JSON")
     groups: dict[str, Any] = {}
-    for parameter in recipes.parameters(recipe):
+    for parameter in _flags(recipe):
         title = parameter.group if "." in parameter.name else "general"
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
@@ -125,6 +129,11 @@ def _recipe_parser(actions: Any, recipe: Any) -> None:
         help = f"{parameter.help} (default: {parameter.default}{allowed})".replace("%", "%%")
         groups[title].add_argument("--" + parameter.name.replace(".", "-").replace("_", "-"), help=help, **options)
     parser.set_defaults(command=_run, recipe=recipe)
+
+
+def _flags(recipe: Any) -> list[Any]:
+    """The parameters that matter for a folder of inputs: its views are taken already."""
+    return [parameter for parameter in recipes.parameters(recipe) if parameter.group.lower() != "capture"]
 
 
 # -- serve and the way to a backend ----------------------------------------------------------------------------------------------------
@@ -147,7 +156,8 @@ def _connect(given: argparse.Namespace, start: bool = False) -> Any:
         client.hello()
         return client
     except KilnError as error:
-        if error.code != "unavailable" or not start or given.connection is not None:
+        # refused: by one that is stopping, or by another program that has the port of a backend which was killed
+        if error.code not in ("unavailable", "refused") or not start or given.connection is not None:
             raise
     return _start(path)
 
@@ -166,11 +176,15 @@ def _start(path: Path) -> Any:
     if sys.platform == "win32":
         apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}
     log = logs / "server.log"
-    with open(log, "ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "backend.cli", "serve", "--until-idle"], stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-            env=environment, cwd=connection.home(), **apart,
-        )  # fmt: skip
+
+    def spawn() -> subprocess.Popen:
+        with open(log, "ab") as output:
+            return subprocess.Popen(
+                [sys.executable, "-P", "-m", "backend.cli", "serve", "--until-idle"], stdin=subprocess.DEVNULL, stdout=output,
+                stderr=output, env=environment, cwd=connection.home(), **apart,
+            )  # fmt: skip
+
+    process = spawn()
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         try:
@@ -180,7 +194,11 @@ def _start(path: Path) -> Any:
         except KilnError as error:
             if error.code not in ("unavailable", "timeout", "refused"):
                 raise
-        if process.poll() not in (None, 0) and not path.exists():
+        ended = process.poll()
+        if ended in (DONE, RUNS_ALREADY):  # another one is ending, or was started at the same time
+            time.sleep(0.3)
+            process = spawn()
+        elif ended is not None:
             break
         time.sleep(0.05)
     last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
@@ -190,6 +208,14 @@ def _start(path: Path) -> Any:
 def _stop(given: argparse.Namespace) -> int:
     with _connect(given) as client:
         client.shutdown(now=not given.when_idle)
+    if given.connection is None and not given.when_idle:  # a `kiln serve` that follows finds the port, the store and the log free
+        from backend import server
+
+        deadline = time.monotonic() + STOP_SECONDS
+        while server.is_served(connection.home()):
+            if time.monotonic() > deadline:
+                raise KilnError("timeout", f"The backend has not ended after {STOP_SECONDS:.0f} s.", "End its process.")
+            time.sleep(0.05)
     return DONE
 
 
@@ -198,7 +224,7 @@ def _stop(given: argparse.Namespace) -> int:
 
 def _run(given: argparse.Namespace) -> int:
     recipe = given.recipe
-    chosen = {p.name: value for p in recipes.parameters(recipe) if (value := getattr(given, p.name)) is not None}
+    chosen = {p.name: value for p in _flags(recipe) if (value := getattr(given, p.name)) is not None}
     values = recipes.values(recipes.make(recipe.NAME, chosen, given.preset))
     inputs = gather(given.input, recipe.INPUT)
     title = given.title or given.input.resolve().name
@@ -425,8 +451,7 @@ def examine(path: Path | None = None) -> list[dict[str, str]]:
 def _examine_packages(note: Any) -> None:
     repair = "Run `python build.py setup`, or press Repair in Blender's preferences for Kiln."
     names = (
-        "numpy", "scipy", "numba", "torch", "gsplat", "scikit-image", "trimesh", "xatlas", "fast-simplification", "pillow", "jaxtyping",
-        "msgpack", "pyzmq",
+        "numpy", "scipy", "numba", "torch", "gsplat", "scikit-image", "trimesh", "xatlas", "pillow", "jaxtyping", "msgpack", "pyzmq",
     )  # fmt: skip
     found, missing = [], []
     for name in names:

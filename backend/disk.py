@@ -14,6 +14,7 @@ from pathlib import Path
 from protocol.errors import KilnError
 
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+LOG_BYTES = 5_000_000
 _WINDOWS_FULL = (39, 112)  # ERROR_HANDLE_DISK_FULL, ERROR_DISK_FULL
 
 
@@ -56,6 +57,19 @@ def full_disk_named(folder: Path, needed: int = 0) -> Iterator[None]:
         if is_full(error):
             raise no_space(folder, needed) from error
         raise
+
+
+def limit_log(stream: int, log: Path) -> None:
+    """When `log` has more than `LOG_BYTES`, moves its text to `<log>.1`. `stream`: the file descriptor that appends to it.
+
+    Copied and cut, not renamed: the processes that print to it have it open, and Windows renames no open file.
+    """
+    with contextlib.suppress(OSError):
+        state = os.fstat(stream)
+        if state.st_size > LOG_BYTES and os.path.samestat(state, log.stat()):  # what prints elsewhere is somebody else's
+            shutil.copyfile(log, log.with_name(f"{log.name}.1"))
+            os.ftruncate(stream, 0)
+            os.lseek(stream, 0, os.SEEK_SET)
 
 
 def write(target: Path, chunks: Iterable[bytes | memoryview], temporary: Path, durable: bool = True) -> None:

@@ -2,7 +2,8 @@
 
 States: queued -> running -> done | failed | cancelled, with cancelling between running and cancelled. A job that a client was told of is
 on disk. When a worker ends in the middle (crash, kill, 60 s without a sign of life), its job goes back to the queue and resumes from its
-last finished stage, at most three times. When the server ends, its jobs resume with the next one.
+last finished stage, at most three times. When the server ends, its jobs resume with the next one; one under which it crashes again and
+again fails.
 
 Event numbers of a job rise by one. Events that change the state are kept as long as the job; of progress and log only the newest thousand,
 of previews the newest twenty, and an hour after the job's end just the last of each, so a replay can have gaps there.
@@ -28,18 +29,19 @@ from typing import Any
 
 from backend import disk
 from backend.store import Store, check_hash, check_name
-from backend.worker import out_of_memory, read_frame, write_frame
+from backend.worker import cores, out_of_memory, read_frame, write_frame
 from protocol import recipes
 from protocol.errors import KilnError
 
 MOST_ATTEMPTS = 3
+MOST_RESTARTS = 5  # of the backend in the middle of one job, other than by a request: more, and the job itself is what ends it
 MOST_QUEUED = 10_000
 MOST_INPUTS = 5_000
 CANCEL_SECONDS = 1.5  # from cancel to killing a worker whose step does not yield
 SILENCE_SECONDS = 60.0  # without a sign of life until a worker counts as hung
+TAKE_SECONDS = 5.0  # that another program, such as a virus scanner, may hold a result
 STARTING = 3  # times as long while it may still load libraries
 KEPT = {"progress": 1000, "log": 1000, "preview": 20}  # newest events of a job that stay for a replay
-LOG_BYTES = 5_000_000
 STAGE_BYTES = int(float(os.environ.get("KILN_STAGES_GB", "20")) * 1e9)  # finished stages kept on disk
 
 _ENDED = ("done", "failed", "cancelled")
@@ -135,7 +137,7 @@ class Jobs:
                 "id": secrets.token_hex(6), "recipe": recipe, "parameters": parameters, "title": str(title)[:200], "source": source,
                 "state": "queued", "stage": "", "fraction": 0.0, "text": "", "created": time.time(), "started": None, "finished": None,
                 "attempts": 0, "error": None, "results": {}, "inputs": dict(inputs),
-                "request": request_id, "position": self._last_position() + 1, "deaths": 0,
+                "request": request_id, "position": self._last_position() + 1, "deaths": 0, "restarts": 0,
             }  # fmt: skip
             self._jobs[job["id"]], self._numbers[job["id"]] = job, 0
             try:
@@ -184,8 +186,8 @@ class Jobs:
                 if missing:
                     raise KilnError("damaged-input", f"The input {missing[0]} of job {id} is gone.", "Submit the job again with its files.")
                 self._record(
-                    job, "queued", durable=True, state="queued", position=self._last_position() + 1, deaths=0, error=None,
-                    stage="", fraction=0.0, text="", started=None, finished=None,
+                    job, "queued", durable=True, state="queued", position=self._last_position() + 1, deaths=0, restarts=0,
+                    error=None, stage="", fraction=0.0, text="", started=None, finished=None,
                 )  # fmt: skip
                 self._wake()
             return _wire(job)
@@ -218,6 +220,12 @@ class Jobs:
             if job["state"] == "cancelling":
                 self._record(job, "cancelled", state="cancelled", finished=time.time())
             elif job["state"] == "running":
+                job["restarts"] = job.get("restarts", 0) + (not job.pop("put_down", False))
+                if job["restarts"] > MOST_RESTARTS:
+                    message = f"The backend ended {job['restarts']} times while it ran this job."
+                    hint = "Most likely the job takes the machine's memory or crashes its driver: retry with a smaller preset."
+                    self._fail(job, KilnError("worker-died", message, hint))
+                    continue
                 self._record(job, "queued", {"text": "The backend was restarted."}, state="queued", stage="", fraction=0.0, text="")
         self._jobs = dict(sorted(self._jobs.items(), key=lambda item: item[1]["created"]))
 
@@ -301,6 +309,8 @@ class Jobs:
             for slot in self._slots:
                 try:
                     self._tend(slot, passed)
+                except _Held:
+                    pass
                 except Exception as error:  # said in the log, tried again at the next turn; no job is lost
                     self._complain(error)
                     time.sleep(0.2)
@@ -313,6 +323,9 @@ class Jobs:
             except Exception as error:
                 self._complain(error)
         for slot in self._slots:
+            if slot.job is not None and slot.job["state"] == "running":
+                with contextlib.suppress(Exception):  # then it counts as a crash, of which five are allowed
+                    self._save(slot.job, put_down=True)
             slot.end()
         self._deliver()
 
@@ -427,6 +440,19 @@ class Jobs:
                     results[name] = results.get(name) or self._take(slot.folder / "results" / name)
             except KilnError as error:
                 self._fail(job, error)
+            except OSError as error:
+                now = time.monotonic()
+                if now < message.setdefault("give_up", now + TAKE_SECONDS):
+                    raise _Held from error
+                log.error("The result %s of job %s: %s", name, job["id"], error)
+                self._fail(
+                    job,
+                    KilnError(
+                        "disk",
+                        f"The result {name} cannot be taken: {error.strerror or error}.",
+                        f"A virus scanner may hold or remove it: let it spare {self.store.root}, then retry.",
+                    ),
+                )
             else:
                 self._record(
                     job, "done", {"results": results}, durable=True, state="done", results=results, finished=time.time(), fraction=1.0,
@@ -502,6 +528,10 @@ class Jobs:
         slot.free()
 
 
+class _Held(Exception):
+    """Another program holds a file for the moment: the same again at the next turn."""
+
+
 class _Slot:
     """One worker process, its job, and what it said that is not dealt with yet."""
 
@@ -525,13 +555,12 @@ class _Slot:
         environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in paths)  # its working folder is another
         if slots > 1 and "CUDA_VISIBLE_DEVICES" not in environment:
             environment["CUDA_VISIBLE_DEVICES"] = str(self.number)
-        printed = store.logs / "worker.log"
-        if printed.exists() and printed.stat().st_size > LOG_BYTES:
-            os.replace(printed, store.logs / "worker.log.1")
+        # Numba counts the cores that it may run on, which in a container can be many more than its share of their time.
+        environment.setdefault("NUMBA_NUM_THREADS", str(cores()))
         flags = 0
         if sys.platform == "win32":
             flags = subprocess.CREATE_NO_WINDOW | subprocess.BELOW_NORMAL_PRIORITY_CLASS
-        with open(printed, "ab") as errors:
+        with open(store.logs / "worker.log", "ab") as errors:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "backend.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
                 env=environment, cwd=store.root, creationflags=flags,

@@ -27,11 +27,12 @@ from typing import Any
 import zmq
 from zmq.utils import z85
 
+from backend import disk
 from backend.jobs import Jobs
 from backend.store import Store, Upload, check_hash
 from protocol import VERSION, messages
 from protocol.client import bad_version
-from protocol.connection import Connection, Keys, private_folder
+from protocol.connection import Connection, Keys, patiently, private_folder
 from protocol.connection import home as default_home
 from protocol.errors import KilnError
 from protocol.messages import count, pack, take
@@ -221,6 +222,7 @@ class Server:
 
     def _tick(self, now: float) -> None:
         """What is due by the clock."""
+        disk.limit_log(2, self.home / "logs" / "server.log")  # where `kiln run` and Blender let it print
         for session in list(self._sessions.values()):
             if session.stuck is not None and now - session.stuck > STUCK_SECONDS:
                 log.info("%s has read nothing for %.0f s; it gets what it missed when it returns.", session.name, now - session.stuck)
@@ -339,7 +341,7 @@ class Server:
     def _remove_connection(self) -> None:
         for name in ("connection.json", "remote.json"):
             with contextlib.suppress(OSError):
-                (self.home / "run" / name).unlink()
+                patiently((self.home / "run" / name).unlink)
 
     def _authorise(self) -> None:
         """Answers ZeroMQ's question whether a key may come in (ZAP, RFC 27)."""
@@ -903,6 +905,17 @@ class Server:
         "shutdown": _shutdown,
     }  # fmt: skip
     _UNANSWERED = {"chunk": _take_chunk, "credit": _credit, "stop": _stop_download}
+
+
+def is_served(home: Path) -> bool:
+    """Whether a backend serves `home`, also one that has stopped answering and still puts things away."""
+    try:
+        _Lock(home / "run" / "lock").close()
+    except KilnError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
 
 
 class _Lock:

@@ -119,7 +119,7 @@ class Store:
         target = self._path(hash)
         with self.lock:
             self._wanted[hash] = time.monotonic()  # from here on nobody collects it
-        if target.is_file() and target.stat().st_size == size:
+        if self.is_whole(hash):  # a damaged one is replaced
             if take and isinstance(content, Path):
                 content.unlink()
         elif take and isinstance(content, Path):

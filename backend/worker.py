@@ -87,9 +87,12 @@ def main() -> None:
                 break
         os._exit(0)  # at once, in the middle of a step too: stages are written whole or not at all
 
+    printed = Path("logs", "worker.log").absolute()  # jobs.py starts this process in the store's folder
+
     def beat() -> None:
         while True:
             send({"kind": "alive"})
+            disk.limit_log(2, printed)
             time.sleep(ALIVE_SECONDS)
 
     threading.Thread(target=listen, daemon=True).start()
@@ -134,7 +137,7 @@ def warm_up(idle: Callable[[], bool]) -> dict[str, Any]:
 
 def device() -> dict[str, Any]:
     """What the worker computes on: `kind` (cuda, rocm, mps, cpu), `name`, `memory` and `free_memory` in bytes, `cores`, `torch`."""
-    found: dict[str, Any] = {"kind": "cpu", "name": "CPU", "cores": _cores(), "memory": 0, "free_memory": 0, "torch": None}
+    found: dict[str, Any] = {"kind": "cpu", "name": "CPU", "cores": cores(), "memory": 0, "free_memory": 0, "torch": None}
     try:
         import torch
 
@@ -154,8 +157,13 @@ def device() -> dict[str, Any]:
     return found
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores that this process may use: those of its affinity, or its container's share of their time (`quota`, Linux) if that is less."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no container, or "max": no limit
+        share, period = map(int, quota.read_text().split())
+        count = max(1, min(count, round(share / period)))
+    return count
 
 
 def main_memory() -> tuple[int, int]:

@@ -649,8 +649,8 @@ class Client:
             return _Lost(f"What listens at {where} is not a Kiln backend.", "Check the connection file.", code="refused")
         if event != zmq.EVENT_CLOSED:
             return _Lost(
-                f"What listens at {where} ended the handshake: it has other keys than the connection file.",
-                "Copy its connection file again.",
+                f"What listens at {where} ended the handshake: it is stopping, or has other keys than the connection file.",
+                "Try again; if that does not help, copy its connection file again.",
                 code="refused",
             )
         return _Lost(f"No Kiln backend listens at {where}.")

@@ -11,11 +11,17 @@ import os
 import secrets
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from . import VERSION, messages
 from .errors import KilnError
+
+HELD_SECONDS = 1.0  # that another program may hold a file before that is an error
+_T = TypeVar("_T")
 
 
 def home() -> Path:
@@ -57,7 +63,7 @@ class Connection:
     def load(cls, path: Path | str) -> Connection:
         path = Path(path)
         try:
-            text = path.read_bytes().decode()
+            text = patiently(path.read_bytes).decode()
         except FileNotFoundError:
             raise KilnError("unavailable", f"No Kiln backend runs: there is no file {path}.", "Start one with `kiln serve`.") from None
         except (OSError, UnicodeDecodeError) as error:
@@ -109,7 +115,7 @@ class Keys:
         """The keys of the backend whose home is `folder`; made at its first start."""
         path = folder / "keys" / "keys.json"
         with contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):  # a damaged file is replaced
-            found = json.loads(path.read_bytes())
+            found = json.loads(patiently(path.read_bytes))
             return cls(*(_key(found, name) for name in ("server_key", "server_secret", "client_key", "client_secret")))
         keys = cls.make()
         write_private(path, json.dumps(asdict(keys), indent=2) + "\n")
@@ -128,6 +134,18 @@ def _key(found: dict, name: str) -> str:
     return found[name]
 
 
+def patiently(action: Callable[[], _T]) -> _T:
+    """What `action` returns. Tries again for a moment: Windows replaces no file while somebody reads it, and reads none meanwhile."""
+    give_up = time.monotonic() + HELD_SECONDS
+    while True:
+        try:
+            return action()
+        except PermissionError:
+            if time.monotonic() >= give_up:
+                raise
+            time.sleep(0.02)
+
+
 def write_private(path: Path, text: str) -> None:
     """Writes a file whole or not at all, readable by this user alone from its first byte on."""
     private_folder(path.parent)
@@ -140,7 +158,7 @@ def write_private(path: Path, text: str) -> None:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        patiently(lambda: os.replace(temporary, path))
     except OSError as error:
         raise KilnError(
             "disk", f"{path} cannot be written: {error.strerror or error}.", "Make room, or check the folder's permissions."

@@ -1,18 +1,21 @@
 """The `kiln` command as a person meets it: real processes, a backend that it starts itself, exit codes, sentences."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from backend import cli
-from protocol import recipes
+from backend import cli, server
+from protocol import connection, recipes
 from protocol.errors import KilnError
 from tests.backend import steps_recipe
 
@@ -72,6 +75,45 @@ def test_run_starts_a_backend_follows_the_job_and_brings_the_results(kiln, tmp_p
     assert job["state"] == "done" and job["title"] == "A name" and job["parameters"]["size"] == 10 and job["parameters"]["seed"] == 2
     assert (tmp_path / "again" / "sum.txt").read_text() == expected(size=10, seed=2)
     assert json.loads((tmp_path / "home" / "run" / "connection.json").read_text())["pid"] == pid  # the same backend
+
+
+def test_stop_returns_when_the_backend_is_gone_and_a_run_gets_a_new_one(kiln, tmp_path):
+    kiln("run", "steps", "input", "--out", "out")
+    kiln("stop")
+    server._Lock(tmp_path / "home" / "run" / "lock").close()  # raises while a backend is there
+    kiln("run", "steps", "input", "--out", "again")
+    assert (tmp_path / "again" / "sum.txt").exists()
+
+
+def test_a_run_waits_for_a_backend_that_is_still_ending(kiln, tmp_path):
+    (tmp_path / "home" / "run").mkdir(parents=True)
+    ending = server._Lock(tmp_path / "home" / "run" / "lock")
+    process = kiln.begin("run", "steps", "input", "--out", "out")
+    log = tmp_path / "home" / "logs" / "server.log"
+    while not log.exists() or "already serves" not in log.read_text():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    ending.close()
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0 and (tmp_path / "out" / "sum.txt").exists(), errors
+
+
+def test_a_killed_backend_whose_port_another_program_has_is_replaced(kiln, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+
+        def hang_up():
+            with contextlib.suppress(OSError):
+                while True:
+                    other.accept()[0].close()
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        keys = connection.Keys.make()
+        endpoint = f"tcp://127.0.0.1:{other.getsockname()[1]}"
+        stale = connection.Connection(endpoint, keys.server_key, keys.client_key, keys.client_secret)
+        stale.save(tmp_path / "home" / "run" / "connection.json")
+        assert "ended the handshake" in kiln("jobs", code=3)
+        kiln("run", "steps", "input", "--out", "out")
+        assert (tmp_path / "out" / "sum.txt").exists()
 
 
 def test_progress_without_a_terminal_is_a_line_a_stage(kiln):
@@ -138,8 +180,14 @@ def test_bad_arguments_are_named_before_anything_starts(kiln, tmp_path, words, s
 def test_every_parameter_of_a_recipe_is_a_flag_with_its_help(kiln):
     text = " ".join(kiln("run", "reconstruct", "--help").split())
     for parameter in recipes.parameters(recipes.Reconstruct):
-        assert f"--{parameter.name.replace('.', '-').replace('_', '-')} " in text
-    assert "Triangles of the finished mesh, at most. (default: 20000, 100 to 2000000)" in text and "--no-capture-geometry" in text
+        if parameter.group != "capture":
+            assert f"--{parameter.name.replace('.', '-').replace('_', '-')} " in text
+    assert "Triangles of the finished mesh, at most. (default: 20000, 100 to 2000000)" in text
+
+
+def test_how_views_are_taken_is_no_flag_for_a_folder_of_views(kiln):
+    assert "capture" not in kiln("run", "reconstruct", "--help")
+    assert "unrecognized arguments" in kiln("run", "reconstruct", "input", "--out", "out", "--capture-views", 9, code=2)
 
 
 def test_the_command_starts_without_heavy_libraries():

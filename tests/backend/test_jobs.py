@@ -14,6 +14,7 @@ import pytest
 from backend import jobs as jobs_module
 from backend.jobs import Jobs
 from backend.store import Store
+from backend.worker import cores
 from protocol.errors import KilnError
 from tests.backend import steps_recipe  # enters the recipe `steps`, here and (by KILN_PIPELINES) in the workers
 from tests.backend.ball import write_ball
@@ -409,6 +410,62 @@ def test_results_that_do_not_fit_fail_the_job_with_a_sentence(begin):
     backend.store.quota = None
     backend.jobs.retry(id)
     assert backend.wait(id)["state"] == "done" and backend.scaled() == 1
+
+
+@pytest.mark.parametrize("held", [1.0, float("inf")])
+def test_a_result_that_another_program_holds_is_tried_again_and_then_fails_the_job(begin, monkeypatch, held):
+    monkeypatch.setattr(jobs_module, "TAKE_SECONDS", 3.0)
+    backend = begin()
+    put, seen = backend.store.put, []
+
+    def refused(content, take=False, **options):
+        if take:
+            seen.append(time.monotonic())
+            if seen[-1] < seen[0] + held:
+                raise PermissionError(13, "Permission denied")
+        return put(content, take=take, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(backend.store, "put", refused)
+        id = backend.submit()
+        job = backend.wait(id)
+    if held < 2:
+        assert job["state"] == "done" and backend.result(id, "sum.txt") == undisturbed() and seen[-1] - seen[0] >= held
+    else:
+        assert job["state"] == "failed" and job["error"]["code"] == "disk" and "more/stages.txt cannot be taken" in job["error"]["message"]
+        assert 1 < len(seen) < 40 and seen[-1] - seen[0] >= 2
+        backend.jobs.retry(id)
+        assert backend.wait(id)["state"] == "done" and backend.scaled() == 1
+    assert_clean(backend)
+
+
+@pytest.mark.parametrize("crashed", [True, False])
+def test_a_job_under_which_the_backend_dies_each_time_fails_and_one_that_was_put_down_does_not(tmp_path, crashed):
+    for restart in range(jobs_module.MOST_RESTARTS + 2):
+        store = Store(tmp_path / "store")
+        jobs = Jobs(store)
+        if restart == 0:
+            store.put(b"hello")
+            id = jobs.submit("r1", "steps", {}, INPUT)["id"]
+        job = jobs._jobs[id]
+        if job["state"] == "queued":
+            jobs._record(job, "started", state="running", attempts=restart + 1)
+            if not crashed:
+                jobs._slots[0].job = job
+                jobs._closing = True
+                jobs._loop()
+        store.close()
+    if crashed:
+        assert job["state"] == "failed" and job["attempts"] == 1 + jobs_module.MOST_RESTARTS
+        assert job["error"]["code"] == "worker-died" and "ended 6 times" in job["error"]["message"]
+    else:
+        assert job["state"] == "running" and job["attempts"] == 2 + jobs_module.MOST_RESTARTS
+
+
+@pytest.mark.parametrize(("limit", "most"), [("max 100000", None), ("50000 100000", 1), ("100000 100000", 1), ("999900000 100000", None)])
+def test_a_containers_share_of_the_cores_is_what_counts(tmp_path, limit, most):
+    (tmp_path / "cpu.max").write_text(limit + "\n")
+    assert cores(tmp_path / "cpu.max") == (most or cores(tmp_path / "none"))
 
 
 def test_a_disk_that_fills_in_the_middle_ends_the_job_with_a_sentence_and_a_retry_finishes_it(small_disk, begin):

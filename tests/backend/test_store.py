@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from backend import disk
 from backend import store as store_module
 from backend.store import Store, check_name
 from protocol.errors import KilnError
@@ -60,6 +61,31 @@ def test_what_is_not_a_hash_never_becomes_a_path(store, hash):
         with pytest.raises(KilnError) as caught:
             call(hash)
         assert caught.value.code == "bad-hash"
+
+
+@pytest.mark.parametrize("damage", [b"longer than before", b"bytez"])
+def test_what_is_put_again_replaces_a_damaged_artifact(store, damage):
+    hash = store.put(b"bytes")
+    file = store.temporary / "made"
+    for put, take in ((b"bytes", False), (file, True)):
+        file.write_bytes(b"bytes")
+        store.path(hash).write_bytes(damage)
+        assert store.put(put, take=take) == hash and store.path(hash).read_bytes() == b"bytes"
+
+
+def test_a_log_that_grew_large_starts_anew_and_one_old_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "LOG_BYTES", 100)
+    path, other = tmp_path / "server.log", tmp_path / "other.log"
+    with open(path, "ab", buffering=0) as log, open(other, "ab", buffering=0) as elsewhere:
+        for start in (b"first ", b"second "):
+            log.write(start + b"x" * 100)
+            disk.limit_log(log.fileno(), path)
+        log.write(b"new\n")
+        elsewhere.write(b"y" * 200)
+        disk.limit_log(elsewhere.fileno(), path)
+        disk.limit_log(log.fileno(), path)
+    assert path.read_bytes() == b"new\n" and (tmp_path / "server.log.1").read_bytes() == b"second " + b"x" * 100
+    assert len(other.read_bytes()) == 200 and len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_missing_artifact_has_its_error(store):

@@ -48,6 +48,22 @@ def test_a_folder_that_cannot_be_written_is_named(made, tmp_path):
         made.save(tmp_path / "run" / "connection.json")
 
 
+@pytest.mark.parametrize(("module", "name"), [(os, "replace"), (Path, "read_bytes")])
+def test_a_file_that_another_process_holds_for_a_moment_is_tried_again(made, tmp_path, monkeypatch, module, name):
+    real, tries = getattr(module, name), []
+
+    def held(*arguments):
+        tries.append(name)
+        if len(tries) < 4:
+            raise PermissionError(13, "The process cannot access the file because it is being used by another process")
+        return real(*arguments)
+
+    monkeypatch.setattr(module, name, held)
+    made.save(tmp_path / "connection.json")
+    assert Connection.load(tmp_path / "connection.json") == made and len(tries) == 4
+    assert os.listdir(tmp_path) == ["connection.json"]
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"endpoint": 5}', "\0", '{"endpoint": "tcp://x:1", "server_key": "short"}'])
 def test_a_file_that_is_none_is_refused_with_its_name(text, tmp_path):
     (tmp_path / "some.json").write_text(text)
