@@ -555,7 +555,8 @@ def wheel(folder: Path, editable: bool = False) -> Path:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     name = project["name"].replace("-", "_")
     if editable:
-        files = {f"{name}.pth": f"{ROOT}\n".encode()}
+        # In ASCII: Python 3.11 and 3.12 read this file in the locale's encoding.
+        files = {f"{name}.pth": f"import sys; sys.path.append({ascii(str(ROOT))})\n".encode()}
     else:
         files = {
             path.relative_to(ROOT).as_posix(): path.read_bytes()

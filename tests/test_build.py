@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -288,6 +289,20 @@ def test_pip_makes_the_same_wheel_that_build_makes(tmp_path):
     subprocess.run(command, check=True)
     (theirs,) = (tmp_path / "pip").iterdir()
     assert theirs.name == mine.name and theirs.read_bytes() == mine.read_bytes()
+
+
+def test_the_way_to_a_checkout_is_found_whatever_its_folder_is_called(tmp_path, monkeypatch):
+    folder = tmp_path / "Zoë's 窯 checkout"
+    shutil.copytree(ROOT / "protocol", folder / "protocol")
+    for name in ("pyproject.toml", "LICENSE"):
+        shutil.copyfile(ROOT / name, folder / name)
+    monkeypatch.setattr(build, "ROOT", folder)
+    with zipfile.ZipFile(build.wheel(tmp_path, editable=True)) as archive:
+        archive.extract("kiln_backend.pth", tmp_path / "site")
+    assert (tmp_path / "site" / "kiln_backend.pth").read_bytes().isascii()
+    code = f"import site; site.addsitedir({str(tmp_path / 'site')!r}); import protocol; print(ascii(protocol.__file__))"
+    said = subprocess.check_output([sys.executable, "-I", "-c", code], text=True, cwd=tmp_path)
+    assert said.strip() == ascii(str(folder / "protocol" / "__init__.py"))
 
 
 def test_the_wheel_holds_the_backend_and_protocol_whole_and_nothing_else(tmp_path):
