@@ -301,7 +301,8 @@ def test_the_way_to_a_checkout_is_found_whatever_its_folder_is_called(tmp_path, 
         archive.extract("kiln_backend.pth", tmp_path / "site")
     assert (tmp_path / "site" / "kiln_backend.pth").read_bytes().isascii()
     code = f"import site; site.addsitedir({str(tmp_path / 'site')!r}); import protocol; print(ascii(protocol.__file__))"
-    said = subprocess.check_output([sys.executable, "-I", "-c", code], text=True, cwd=tmp_path)
+    # -S: without the environment's own packages, this checkout among them
+    said = subprocess.check_output([sys.executable, "-I", "-S", "-c", code], text=True, cwd=tmp_path)
     assert said.strip() == ascii(str(folder / "protocol" / "__init__.py"))
 
 
