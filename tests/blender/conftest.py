@@ -13,6 +13,7 @@ os.environ["BLENDER_USER_RESOURCES"] = str(SCRATCH / "user")  # before bpy is im
 import bpy  # noqa: E402
 import pytest  # noqa: E402
 
+EXIT_STATUS = pytest.StashKey[int]()
 REPOSITORY, MODULE = "kiln_test", "bl_ext.kiln_test.kiln"
 
 
@@ -47,6 +48,14 @@ def pytest_unconfigure(config):
 
         addon_utils.disable(MODULE)
     shutil.rmtree(SCRATCH, ignore_errors=True)
+    if bpy.app.version < (4, 3):  # bpy 4.2 alone crashes after main() once its glTF exporter has run: it frees panels without Python
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(config.stash.get(EXIT_STATUS, 1))
+
+
+def pytest_sessionfinish(session, exitstatus):
+    session.config.stash[EXIT_STATUS] = int(exitstatus)
 
 
 @pytest.fixture(autouse=True)
