@@ -264,7 +264,7 @@ def gather(path: Path, kind: str) -> dict[str, Path]:
     table = folder / "transforms.json"
     try:
         frames = json.loads(table.read_text(encoding="utf-8"))["frames"]
-        names = [frame[key] for frame in frames for key in ("file_path", "geometry_file_path") if key in frame]
+        names = [frame[key] for frame in frames for key in ("file_path", "geometry_file_path", "material_file_path") if key in frame]
         names = [posixpath.normpath(name if posixpath.splitext(name)[1] else name + ".png") for name in names]
     except FileNotFoundError:
         raise KilnError("bad-input", f"There is no transforms.json in {folder}.", "Give a folder of views with their cameras.") from None

@@ -92,6 +92,9 @@ class Capture:
     )
     samples: int = _number(16, 1, 4096, "Render samples a pixel.", advanced=True)
     geometry: bool = _flag(True, "Render exact depth and normals beside the colour.", advanced=True)
+    materials: bool = _flag(
+        True, "Render roughness, metallic, opacity and emission beside the base colour, for the asset's own maps.", advanced=True
+    )
     holdout: int = _number(6, 0, 50, "Extra views kept out of the fit, to score the result.", advanced=True)
 
 
@@ -136,6 +139,14 @@ class Texture:
 
 
 @dataclass(frozen=True)
+class Look:
+    """Pictures that the backend itself takes of splats, to make a mesh from."""
+
+    count: int = _number(48, 8, 200, "Cameras around the splats.")
+    size: int = _number(512, 64, 2048, "Width and height of each picture.", "px")
+
+
+@dataclass(frozen=True)
 class Reconstruct:
     """Renders of an object -> splats -> surface -> textured mesh."""
 
@@ -162,7 +173,27 @@ class Reconstruct:
     seed: int = _number(0, 0, 2**31 - 1, "Start of every random draw: same seed, same device, same result.", advanced=True)
 
 
-RECIPES: dict[str, Any] = {recipe.NAME: recipe for recipe in (Reconstruct,)}
+@dataclass(frozen=True)
+class MeshSplats:
+    """Gaussian splats from any tool -> surface -> textured mesh."""
+
+    NAME: ClassVar[str] = "mesh_splats"
+    TITLE: ClassVar[str] = "Mesh from Splats"
+    INPUT: ClassVar[str] = "splats"
+    WEIGHTS: ClassVar[tuple[str, ...]] = ()
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "draft": {"look.count": 24, "look.size": 256, "surface.grid": 112, "surface.faces": 5000, "texture.size": 512},
+        "standard": {},
+        "high": {"look.count": 96, "look.size": 1024, "surface.grid": 384, "surface.faces": 80_000, "texture.size": 2048},
+    }
+
+    look: Look = Look()
+    surface: Surface = Surface()
+    texture: Texture = Texture()
+    seed: int = _number(0, 0, 2**31 - 1, "Start of every random draw: same seed, same device, same result.", advanced=True)
+
+
+RECIPES: dict[str, Any] = {recipe.NAME: recipe for recipe in (Reconstruct, MeshSplats)}
 
 
 def recipe_named(name: str) -> Any:

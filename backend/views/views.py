@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
 from backend.progress import Progress, silent
@@ -43,8 +43,9 @@ class Frame:
 class Views:
     """V pictures of H x W pixels of one subject, cameras in the unit frame.
 
-    images: sRGB in [0, 1], straight alpha. depth: unit-frame distance along the camera's axis, 0 where nothing is; None if the input has
-    none. normals: world axes, unit length, 0 where nothing is; None if the input has none. holdout: views that no fit may use.
+    images: sRGB in [0, 1], straight alpha. holdout: views that no fit may use. What follows is None if the input has none, and 0 where
+    nothing is. depth: unit-frame distance along the camera's axis. normals: world axes, unit length, with bump and normal maps. material:
+    roughness, metallic and opacity of the nearest surface in 255ths, not antialiased. emission: linear light that it gives off itself.
     """
 
     cameras: list[Camera]
@@ -54,6 +55,8 @@ class Views:
     normals: Float[np.ndarray, "v h w 3"] | None
     holdout: Bool[np.ndarray, "v"]
     frame: Frame
+    material: UInt8[np.ndarray, "v h w 3"] | None = None
+    emission: Float[np.ndarray, "v h w 3"] | None = None  # float16
 
     def __len__(self) -> int:
         return len(self.cameras)
@@ -63,14 +66,20 @@ class Views:
         places = np.flatnonzero(chosen)
         chosen = np.asarray(chosen, bool)
         run = slice(places[0], places[-1] + 1) if len(places) and np.ptp(places) == len(places) - 1 else chosen
+
+        def part(values):
+            return None if values is None else values[run]
+
         return Views(
-            [camera for camera, keep in zip(self.cameras, chosen, strict=True) if keep],
-            self.images[run],
-            self.alpha[run],
-            None if self.depth is None else self.depth[run],
-            None if self.normals is None else self.normals[run],
-            self.holdout[run],
-            self.frame,
+            cameras=[camera for camera, keep in zip(self.cameras, chosen, strict=True) if keep],
+            images=self.images[run],
+            alpha=self.alpha[run],
+            depth=part(self.depth),
+            normals=part(self.normals),
+            holdout=self.holdout[run],
+            frame=self.frame,
+            material=part(self.material),
+            emission=part(self.emission),
         )
 
     @property
@@ -106,6 +115,8 @@ def load(folder: Path, progress: Progress = silent) -> Views:
     has_geometry = all("geometry_file_path" in frame for frame in frames)
     images, alpha = np.empty((len(frames), height, width, 3), np.float32), np.empty((len(frames), height, width), np.float32)
     depth, normals = (np.empty_like(alpha), np.empty_like(images)) if has_geometry else (None, None)
+    has_material = all("material_file_path" in frame for frame in frames)
+    material, emission = np.empty(images.shape, np.uint8) if has_material else None, None
     cameras = []
     for number, (frame, where) in enumerate(zip(frames, names, strict=True)):
         progress(number / len(frames), f"view {number + 1} of {len(frames)}")
@@ -115,6 +126,11 @@ def load(folder: Path, progress: Progress = silent) -> Views:
         cameras.append(_camera({**table, **frame}, width, height, where))
         if depth is not None and normals is not None:
             depth[number], normals[number] = _read_geometry(folder, frame, (height, width), where)
+        if material is not None:
+            material[number], light = _read_material(folder, frame, (height, width), where)
+            if light is not None:
+                emission = np.zeros(images.shape, np.float16) if emission is None else emission
+                emission[number] = light
     if max(float(one.mean()) for one in alpha) < 1e-5:
         raise KilnError("bad-input", "All views are empty: alpha is 0 everywhere.", "Check that the object is visible in renders.")
     if float(alpha.min()) > 0.99:
@@ -126,7 +142,8 @@ def load(folder: Path, progress: Progress = silent) -> Views:
     unit = _unit_frame(cameras)
     if depth is not None:
         depth *= np.float32(unit.scale)
-    return Views([camera.moved(unit.centre, unit.scale) for camera in cameras], images, alpha, depth, normals, holdout, unit)
+    moved = [camera.moved(unit.centre, unit.scale) for camera in cameras]
+    return Views(moved, images, alpha, depth, normals, holdout, unit, material, emission)
 
 
 def _read_table(folder: Path) -> dict:
@@ -180,19 +197,40 @@ def _read_image(folder: Path, frame: dict, where: str) -> tuple[np.ndarray, np.n
 
 
 def _read_geometry(folder: Path, frame: dict, shape: tuple[int, int], where: str) -> tuple[np.ndarray, np.ndarray]:
-    path = _inside(folder, frame["geometry_file_path"], where)
-    largest = 3 * 8 * shape[0] * shape[1] + 4096  # bytes of three doubles a pixel and a header: what unpacks to more is not geometry
+    arrays = _read_arrays(
+        _inside(folder, frame["geometry_file_path"], where), ("depth", "normal"), shape, f"{where}: its depth and normals"
+    )
+    depth, normal = arrays["depth"].astype(np.float32), arrays["normal"].astype(np.float32)
+    if depth.shape != shape or normal.shape != (*shape, 3) or not np.isfinite(depth).all() or not np.isfinite(normal).all():
+        raise KilnError("bad-input", f"{where}: its depth or normals have a wrong shape or values.", "Capture the views again.")
+    return depth, normal
+
+
+def _read_material(folder: Path, frame: dict, shape: tuple[int, int], where: str) -> tuple[np.ndarray, np.ndarray | None]:
+    arrays = _read_arrays(_inside(folder, frame["material_file_path"], where), ("material",), shape, f"{where}: its material")
+    material, emission = arrays["material"], arrays.get("emission")
+    wrong = material.shape != (*shape, 3) or material.dtype != np.uint8
+    if emission is not None:
+        wrong = (
+            wrong or emission.shape != (*shape, 3) or emission.dtype.kind != "f" or not np.isfinite(emission).all() or emission.min() < 0
+        )
+    if wrong:
+        raise KilnError("bad-input", f"{where}: its material has a wrong shape or values.", "Capture the views again.")
+    return material, emission
+
+
+def _read_arrays(path: Path, names: tuple[str, ...], shape: tuple[int, int], what: str) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, among them `names`."""
+    largest = 3 * 8 * shape[0] * shape[1] + 4096  # bytes of three doubles a pixel and a header: what unpacks to more is no picture
     try:
         with zipfile.ZipFile(path) as packed:
             if any(entry.file_size > largest for entry in packed.infolist()):
                 raise ValueError("its arrays are larger than the picture")
-        with np.load(path, allow_pickle=False) as arrays:
-            depth, normal = arrays["depth"].astype(np.float32), arrays["normal"].astype(np.float32)
+        with np.load(path, allow_pickle=False) as packed:
+            arrays = {name: packed[name] for name in packed.files}
+        return {**arrays, **{name: arrays[name] for name in names}}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise KilnError("bad-input", f"{where}: its depth and normals cannot be read: {error}.", "Capture the views again.") from None
-    if depth.shape != shape or normal.shape != (*shape, 3) or not np.isfinite(depth).all() or not np.isfinite(normal).all():
-        raise KilnError("bad-input", f"{where}: its depth or normals have a wrong shape or values.", "Capture the views again.")
-    return depth, normal
+        raise KilnError("bad-input", f"{what} cannot be read: {error}.", "Capture the views again.") from None
 
 
 def _camera(entry: dict, width: int, height: int, where: str) -> Camera:
