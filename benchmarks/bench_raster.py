@@ -30,6 +30,7 @@ from protocol import recipes
 
 SPOT = Path(__file__).resolve().parent.parent.parent / "shared" / "assets" / "static" / "spot.glb"
 COUNTS, SIZES = (5_000, 20_000, 50_000), (256, 512)
+VIEWS = (9, 24, 72)  # of which a fit of 20,000 splats at 256 px is timed for its growth with views
 ROUNDS = 3
 
 
@@ -54,17 +55,17 @@ def subject() -> tuple[str, TexturedMesh]:
     )
 
 
-def views_of(mesh: TexturedMesh, size: int) -> Views:
-    """24 views on three rings."""
+def views_of(mesh: TexturedMesh, size: int, count: int = 24) -> Views:
+    """`count` views on three rings."""
     cameras = []
     for elevation in np.radians((-20, 15, 50)):
-        for azimuth in np.arange(8) * np.pi / 4:
+        for azimuth in np.arange(count // 3) * 2 * np.pi / (count // 3):
             direction = np.array([np.cos(elevation) * np.sin(azimuth), -np.cos(elevation) * np.cos(azimuth), np.sin(elevation)])
             cameras.append(look_at(1.05 / np.sin(np.radians(20)) * direction, (0, 0, 0), size, np.radians(40)))
     pictures = [raster.render(mesh, camera) for camera in cameras]
     alpha = np.stack([cover for _, cover in pictures]).astype(np.float32)
     images = np.stack([color for color, _ in pictures]).astype(np.float32) / np.maximum(alpha, 1e-6)[..., None]
-    return Views(cameras, images, alpha, None, None, np.zeros(24, bool), Frame(np.zeros(3), 1.0))
+    return Views(cameras, images, alpha, None, None, np.zeros(len(cameras), bool), Frame(np.zeros(3), 1.0))
 
 
 def sgemm() -> float:
@@ -124,10 +125,16 @@ def measure(views: Views, count: int) -> dict:
     }  # fmt: skip
 
 
-def exponent(rows: list[dict], field: str, fixed: str, value: int) -> float:
-    """Slope of log(ms) over log(field) where `fixed` is `value`."""
-    chosen = [row for row in rows if row[fixed] == value]
-    return float(np.polyfit(np.log([row[field] for row in chosen]), np.log([row["ms"] for row in chosen]), 1)[0])
+def exponent(across: list[float], ms: list[float]) -> float:
+    """Slope of log(ms) over log(across)."""
+    return float(np.polyfit(np.log(across), np.log(ms), 1)[0])
+
+
+def seconds_of_a_fit(views: Views) -> float:
+    """Of 200 steps with 20,000 splats, preparation included."""
+    start = time.perf_counter()
+    fit.fit(views, recipes.Fit(splats=20_000, iterations=200, device="cpu"), 0)
+    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -146,8 +153,17 @@ def main() -> None:
             rows.append(row)
             fields = ("splats", "pixels", "intersections", "ms", "sgemm_gflops", "gflop", "gsplat_ms")
             print("| " + " | ".join(str(row[field]) for field in fields) + " |", flush=True)
+    print("\n| what grows | at | ms grow with the power |\n|---|---|---|")
     for size in SIZES:
-        print(f"At {size} px, ms grow as splats^{exponent(rows, 'splats', 'pixels', size):.2f}.")
+        of_size = [row for row in rows if row["pixels"] == size]
+        power = exponent([row["splats"] for row in of_size], [row["ms"] for row in of_size])
+        print(f"| splats, {COUNTS[0]} to {COUNTS[-1]} | {size} px | {power:.2f} |")
+    for place, count in enumerate(COUNTS):
+        of_count = rows[place :: len(COUNTS)]
+        power = exponent([row["pixels"] ** 2 for row in of_count], [row["ms"] for row in of_count])
+        print(f"| pixels of a view, {SIZES[0]}^2 to {SIZES[-1]}^2 | {count} splats | {power:.2f} |")
+    fits = [min(seconds_of_a_fit(views_of(mesh, 256, count)) for _ in range(2)) for count in VIEWS]
+    print(f"| views, {VIEWS[0]} to {VIEWS[-1]}, of a fit of 200 steps | 20000 splats, 256 px | {exponent(list(VIEWS), fits):.2f} |")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
