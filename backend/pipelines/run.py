@@ -8,6 +8,7 @@ dataclasses, never code, and a checksum: a truncated or damaged one is computed 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import hashlib
@@ -19,6 +20,7 @@ import os
 import platform
 import shutil
 import struct
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -58,6 +60,8 @@ class Run:
         self._report, self._cancelled = report, cancelled
         self._index = 0
         self._started = time.time()
+        with contextlib.suppress(OSError):  # Linux: an earlier job of this process does not count
+            Path("/proc/self/clear_refs").write_text("5")
         self._fingerprints: dict[int, tuple[Any, bytes]] = {}
 
     def stage(self, name: str, function: Callable, *inputs: Any) -> Any:
@@ -96,13 +100,15 @@ class Run:
         self._report({"kind": "log", "text": text})
 
     def report(self, recipe: Any) -> dict[str, Any]:
-        """What every report.json says of its run: recipe, parameters, versions, seconds a stage, and which stages were found finished."""
+        """What every report.json says of its run: recipe, parameters, versions, seconds a stage, which stages were found finished, and the
+        most memory that the process has held (bytes)."""
         return {
             "recipe": type(recipe).NAME,
             "parameters": recipes.values(recipe),
             "versions": versions(),
             "seconds": dict(self.seconds),
             "cached_stages": list(self.cached),
+            "peak_memory": peak_memory(),
         }
 
     def _stop_if_cancelled(self) -> None:
@@ -192,6 +198,22 @@ def _source(module: str) -> str:
 
 
 @functools.cache
+def peak_memory() -> int | None:
+    """Bytes of memory that this process has held at most; None where the system does not tell."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        counters = (ctypes.c_size_t * 9)()  # PROCESS_MEMORY_COUNTERS: two 32-bit numbers, then sizes; the second of these is the peak
+        handle = ctypes.c_void_p(ctypes.windll.kernel32.GetCurrentProcess())
+        told = ctypes.windll.kernel32.K32GetProcessMemoryInfo(handle, ctypes.byref(counters), ctypes.sizeof(counters))
+        return counters[1] if told else None
+    import resource  # no such module on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def versions() -> dict[str, str]:
     """Of Kiln, Python and the libraries that figures depend on."""
     found = {"kiln": VERSION, "python": platform.python_version()}

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -243,3 +244,15 @@ def test_the_report_says_what_made_the_result(tmp_path):
     report = run.report(recipes.make("reconstruct", {"seed": 7}))
     assert report["recipe"] == "reconstruct" and report["parameters"]["seed"] == 7 and list(report["seconds"]) == ["Double", "Total"]
     assert {"kiln", "python", "numpy"} <= set(report["versions"])
+
+
+def test_a_report_says_how_much_memory_the_run_took():
+    run = Run()
+    before = run.report(recipes.Reconstruct())["peak_memory"]
+    held = np.ones(300_000_000, np.uint8)
+    after = run.report(recipes.Reconstruct())["peak_memory"]
+    del held
+    assert after > 3e8
+    if sys.platform == "linux":  # elsewhere an earlier test's memory counts too
+        assert 2.5e8 < after - before < 4e8
+        assert Run().report(recipes.Reconstruct())["peak_memory"] < after - 2.5e8
