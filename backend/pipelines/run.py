@@ -197,7 +197,6 @@ def _source(module: str) -> str:
     return digest.hexdigest()
 
 
-@functools.cache
 def peak_memory() -> int | None:
     """Bytes of memory that this process has held at most; None where the system does not tell."""
     with contextlib.suppress(OSError):
@@ -214,6 +213,7 @@ def peak_memory() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Of Kiln, Python and the libraries that figures depend on."""
     found = {"kiln": VERSION, "python": platform.python_version()}
