@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 COLUMNS = (
     "splats_psnr splats_psnr_white mesh_psnr mesh_psnr_white f1 f05 chamfer watertight hidden source_hidden faces bounds_error "
-    "total_seconds"
+    "roughness_error metallic_error normal_error charts texture_use total_seconds peak_memory"
 ).split()
 
 
@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--preset", default="standard")
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--views", type=int, default=24)
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a recipe parameter, such as surface.faces=80000")
     parser.add_argument("--only", help="asset names, comma separated")
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
@@ -40,22 +41,26 @@ def main() -> None:
     for file in files:
         out = a.out / file.stem
         flags = ["--set", f"capture.size={a.size}", "--set", f"capture.views={a.views}", "--preset", a.preset]
+        flags += [part for pair in a.set for part in ("--set", pair)]
         subprocess.run(
             [sys.executable, str(HERE / "demo.py"), "--object", str(file), "--out", str(out), *flags], check=True, env=os.environ
         )
         reports[file.stem] = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    print("| asset | " + " | ".join(COLUMNS) + " |\n|---" * 1 + "|---" * len(COLUMNS) + "|")
+    columns = [column for column in COLUMNS if all(report.get(column) is not None for report in reports.values())]
+    print("| asset | " + " | ".join(columns) + " |\n|---" + "|---" * len(columns) + "|")
     for name, report in reports.items():
-        print(f"| {name} | " + " | ".join(shown(report[column]) for column in COLUMNS) + " |")
-    medians = [statistics.median(float(report[column]) for report in reports.values()) for column in COLUMNS]
+        print(f"| {name} | " + " | ".join(shown(report[column]) for column in columns) + " |")
+    medians = [statistics.median(float(report[column]) for report in reports.values()) for column in columns]
     print("| **median** | " + " | ".join(shown(value) for value in medians) + " |")
     if a.json:
-        a.json.write_text(json.dumps(reports, indent=1), encoding="utf-8")
+        a.json.write_text(json.dumps(reports, indent=1, allow_nan=False), encoding="utf-8")
 
 
 def shown(value: float | bool) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if abs(value) > 1e8:  # bytes
+        return f"{value / 1e9:.2f} GB"
     return f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}" if abs(value) < 1000 else f"{value:.0f}"
 
 

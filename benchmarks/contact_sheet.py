@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from backend.mesh.measure import psnr, score
 from backend.splats import ply
 from backend.splats.render import render
-from backend.views.views import load
+from backend.views.views import Views, load
 
 PAPER = 0.22  # grey behind the subject
 COLUMNS = 6
@@ -56,10 +56,24 @@ def main() -> None:
     for name in black:
         report[f"{name}_psnr"] = round(float(np.mean(black[name])), 3)
         report[f"{name}_psnr_white"] = round(float(np.mean(white[name])), 3)
-    report |= score(a.out / "mesh.glb", a.source)
-    (a.out / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    report |= map_errors(source.for_scoring, imported.for_scoring) | score(a.out / "mesh.glb", a.source)
+    (a.out / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
     sheet(list(rows.items())).save(a.out / "contact_sheet.png")
     print_report(report)
+
+
+def map_errors(source: Views, imported: Views) -> dict[str, float]:
+    """Mean errors of what Blender shows of the imported mesh's maps, on held-out pixels whose centre shows the same surface in both."""
+    if source.depth is None or imported.depth is None or source.normals is None or imported.normals is None:
+        return {}
+    close = np.abs(source.depth - imported.depth) < 0.02  # of the radius of what the cameras see whole
+    both = (source.depth > 0) & (imported.depth > 0) & close
+    cosine = (source.normals.astype(np.float32) * imported.normals).sum(-1)[both]
+    errors = {"normal_error": float(np.degrees(np.arccos(np.clip(cosine, -1, 1))).mean())}
+    if source.material is not None and imported.material is not None:
+        off = np.abs(source.material.astype(np.float32) - imported.material)[both].mean(0) / 255
+        errors |= {"roughness_error": float(off[0]), "metallic_error": float(off[1]), "opacity_error": float(off[2])}
+    return {name: round(value, 4) for name, value in errors.items()}
 
 
 def sheet(rows: list[tuple[str, list[np.ndarray]]]) -> Image.Image:
@@ -78,12 +92,17 @@ def sheet(rows: list[tuple[str, list[np.ndarray]]]) -> Image.Image:
 
 def print_report(report: dict) -> None:
     seconds = "  ".join(f"{name} {value:.1f}" for name, value in report["seconds"].items())
+    maps = f"normals {report['normal_error']:.1f} degrees" if "normal_error" in report else "none"
+    for name in ("roughness", "metallic"):
+        if f"{name}_error" in report:
+            maps += f"   {name} {report[f'{name}_error']:.4f}"
     print(f"""
 held-out PSNR   splats {report["splats_psnr"]:.2f} dB   textured mesh {report["mesh_psnr"]:.2f} dB   (black background)
                 splats {report["splats_psnr_white"]:.2f} dB   textured mesh {report["mesh_psnr_white"]:.2f} dB   (white background)
 surface         Chamfer {report["chamfer"]:.5f}   F-score {report["f1"]:.3f} at 1%   {report["f05"]:.3f} at 0.5% of the diagonal
 mesh            {report["faces"]} faces   closed: {"yes" if report["watertight"] else "no"}   hidden area {report["hidden"]:.1%}
-splats          {report["splats"]}
+maps            {maps}
+splats          {report["splats"]}   peak memory {report["peak_memory"] / 1e9:.2f} GB
 seconds         {seconds}   from button to imported asset {report["total_seconds"]:.1f}
 """)
 

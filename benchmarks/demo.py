@@ -8,7 +8,6 @@ Runs the real extension in bpy against a real backend. Leaves mesh.glb, splats.p
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import shutil
@@ -61,7 +60,7 @@ def main() -> None:
 
     views = views_of(capture, subject, recipe.capture, SCRATCH / "views")
     mesh = capture.subject(bpy.context, objects=[imported.mesh_object])
-    views_of(capture, mesh, dataclasses.replace(recipe.capture, geometry=False), SCRATCH / "imported", like=views)
+    views_of(capture, mesh, recipe.capture, SCRATCH / "imported", like=views)
     source = a.object if a.object and a.object.suffix == ".glb" else export_source(subjects, SCRATCH / "source.glb")
     report = json.loads((a.out / "report.json").read_text(encoding="utf-8"))
     report["total_seconds"] = round(total, 2)
