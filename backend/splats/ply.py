@@ -1,22 +1,30 @@
 """Splats on disk, in the PLY layout that 3D Gaussian Splatting's code introduced and every splat viewer reads.
 
 One vertex a Gaussian: x y z, nx ny nz (0), f_dc_* and f_rest_* (spherical harmonics; the rest channel by channel), opacity (logit), scale_*
-(natural logarithms), rot_* (quaternion, w first). Files hold world axes and metres (Z up); `load` keeps whatever frame a file has.
+(natural logarithms), rot_* (quaternion, w first). Files of Kiln hold world axes and metres (Z up). `load` keeps whatever frame a file has,
+takes the properties in any order and number type, and reads SuperSplat's compressed PLY too.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+from jaxtyping import Float
 
+from backend.progress import Progress, silent
 from backend.views.views import Frame
 from protocol.errors import KilnError
 
-from .model import Splats
+from .clean import check_count, cleaned
+from .model import SH_C0, Splats
 
-MOST_SPLATS = 50_000_000
+BLOCK = 1 << 16  # Gaussians read at a time
+CHUNK = 256  # Gaussians of a compressed PLY that share their ranges
 _TYPES = {
     "char": "i1", "int8": "i1", "uchar": "u1", "uint8": "u1", "short": "i2", "int16": "i2", "ushort": "u2", "uint16": "u2",
     "int": "i4", "int32": "i4", "uint": "u4", "uint32": "u4", "float": "f4", "float32": "f4", "double": "f8", "float64": "f8",
@@ -50,86 +58,170 @@ def save(path: Path, splats: Splats, frame: Frame) -> None:
     os.replace(partial, path)
 
 
-def load(path: Path) -> Splats:
+def load(path: Path, say: Callable[[str], None] = lambda sentence: None, progress: Progress = silent) -> Splats:
     """The splats of a PLY file in its own frame, or `KilnError("bad-input")` that says what is wrong with it.
 
-    Gaussians with values that are not finite, or with no extent at all, are refused: a viewer would draw nothing or everything.
+    Gaussians that cannot be drawn are left out; a sentence to `say` counts them. `KilnError` if none is left.
     """
     name = Path(path).name
     try:
         with open(path, "rb") as file:
-            count, layout = _read_header(file, name)
-            missing = [n for n in _names(1) if n not in layout.names and n not in ("nx", "ny", "nz")]
-            if missing:
-                raise KilnError(
-                    "bad-input", f"{name} is a PLY without {', '.join(missing)}.", "Export Gaussian splats, not a mesh or points."
-                )
-            rest = sum(n.startswith("f_rest_") for n in layout.names)
-            bases = 1 + rest // 3
-            if rest % 3 or bases not in (1, 4, 9, 16) or any(f"f_rest_{i}" not in layout.names for i in range(rest)):
-                raise KilnError("bad-input", f"{name} has {rest} f_rest values.", "Degrees 0 to 3 have 0, 9, 24 or 45.")
-            left = os.fstat(file.fileno()).st_size - file.tell()
-            if left < count * layout.itemsize:
-                raise KilnError("bad-input", f"{name} ends after {left // layout.itemsize} of {count} Gaussians.", "Copy it again.")
-            rows = np.fromfile(file, layout, count)
+            elements = {element.name: element for element in _read_header(file, name)}
+            vertices = elements.get("vertex")
+            check_count(vertices.count if vertices else 0, name)
+            packed = vertices is not None and "chunk" in elements and "packed_position" in (vertices.layout.names or ())
+            return cleaned((_read_packed if packed else _read)(file, elements, name, say, progress), name, say)
     except OSError as error:
         raise KilnError("bad-input", f"{name} cannot be read: {error.strerror or error}.", "Check the path and its permissions.") from None
 
-    def columns(*names: str) -> np.ndarray:
-        return np.stack([rows[n] for n in names], -1).astype(np.float32)
 
-    sh = np.empty((count, bases, 3), np.float32)
-    sh[:, 0] = columns(*(f"f_dc_{i}" for i in range(3)))
-    if rest:
-        sh[:, 1:] = columns(*(f"f_rest_{i}" for i in range(rest))).reshape(count, 3, bases - 1).transpose(0, 2, 1)
-    splats = Splats(
-        means=columns("x", "y", "z"),
-        quaternions=columns(*(f"rot_{i}" for i in range(4))),
-        log_scales=columns(*(f"scale_{i}" for i in range(3))),
-        opacity_logits=columns("opacity")[:, 0],
-        sh=sh,
+@dataclass(frozen=True)
+class _Element:
+    name: str
+    count: int
+    layout: np.dtype
+    start: int  # byte of the file where its rows begin
+
+
+def _read(file: BinaryIO, elements: dict[str, _Element], name: str, say: Callable[[str], None], progress: Progress) -> Splats:
+    vertices = elements["vertex"]
+    given, count = vertices.layout.names or (), vertices.count
+    missing = [needed for needed in _names(1) if needed not in given and needed not in ("nx", "ny", "nz")]
+    if missing:
+        what = "a PLY"
+        if "x" in given and "opacity" in missing:
+            what = "a mesh" if "face" in elements else "a coloured point cloud" if "red" in given else "a point cloud"
+        without = f"it has no {', '.join(missing)}"
+        raise KilnError("bad-input", f"{name} is {what}, not Gaussian splats: {without}.", "Export it from a tool that makes splats.")
+    rest = sum(one.startswith("f_rest_") for one in given)
+    of_channel = rest // 3
+    if rest not in (0, 9, 24, 45, 72) or any(f"f_rest_{i}" not in given for i in range(rest)):
+        raise KilnError("bad-input", f"{name} has {rest} f_rest values.", "Degrees 0 to 3 of spherical harmonics have 0, 9, 24 or 45.")
+    if of_channel > 15:
+        say(f"{name}: the fourth degree of its spherical harmonics is left out.")
+    kept = [f"f_rest_{channel * of_channel + k}" for k in range(min(of_channel, 15)) for channel in range(3)]
+    bases = 1 + len(kept) // 3
+    read = Splats(*(np.empty((count, *shape), np.float32) for shape in ((3,), (4,), (3,), (), (bases, 3))))
+    columns = (
+        (read.means, ["x", "y", "z"]),
+        (read.quaternions, [f"rot_{i}" for i in range(4)]),
+        (read.log_scales, [f"scale_{i}" for i in range(3)]),
+        (read.opacity_logits.reshape(count, 1), ["opacity"]),
+        (read.sh.reshape(count, 3 * bases), [f"f_dc_{i}" for i in range(3)] + kept),
     )
-    for field in ("means", "quaternions", "log_scales", "opacity_logits", "sh"):
-        bad = ~np.isfinite(getattr(splats, field)).reshape(count, -1).all(1)
-        if bad.any():
-            raise KilnError("bad-input", f"{name}: {bad.sum()} of {count} Gaussians have {field} that are no numbers.", "Export it again.")
-    empty = (np.exp(splats.log_scales.max(1)) == 0) | (np.linalg.norm(splats.quaternions, axis=1) == 0)
-    if empty.any():
-        problem = f"{name}: {empty.sum()} of {count} Gaussians have no size or no rotation."
-        raise KilnError("bad-input", problem, "scale_* are natural logarithms; rot_* a quaternion, w first.")
-    return splats
+    for first in range(0, count, BLOCK):
+        progress(first / count, f"{first:,} of {count:,} splats")
+        rows = _rows(file, vertices, name, first, min(BLOCK, count - first))
+        with np.errstate(over="ignore", invalid="ignore"):  # doubles beyond float32 become infinite, and are left out
+            for target, names in columns:
+                for column, one in enumerate(names):
+                    target[first : first + len(rows), column] = rows[one]
+    return read
 
 
-def _read_header(file, name: str) -> tuple[int, np.dtype]:
-    not_ply = KilnError("bad-input", f"{name} is not a binary little-endian PLY file.", "Export the splats as binary PLY.")
+def _read_packed(file: BinaryIO, elements: dict[str, _Element], name: str, say: Callable[[str], None], progress: Progress) -> Splats:
+    """SuperSplat's compressed PLY: 16 bytes a Gaussian, within ranges that CHUNK Gaussians share; all numbers are shares of a range."""
+    vertices, chunks = elements["vertex"], elements["chunk"]
+    wanted = [f"packed_{what}" for what in ("position", "rotation", "scale", "color")]
+    ranges = [f"{end}_{what}" for what in ("x", "y", "z", "scale_x", "scale_y", "scale_z") for end in ("min", "max")]
+    unknown = KilnError("bad-input", f"{name} is a compressed PLY of a kind that Kiln cannot read.", "Export it as plain PLY or as SPZ.")
+    missing = [one for one in wanted if one not in vertices.layout.names] + [one for one in ranges if one not in chunks.layout.names]
+    if missing or chunks.count != -(-vertices.count // CHUNK):
+        raise unknown
+    progress(0.0, f"{vertices.count:,} splats")
+    chunk = _rows(file, chunks, name, 0, chunks.count)
+    rows = _rows(file, vertices, name, 0, vertices.count)
+    of = np.arange(vertices.count) // CHUNK
+
+    def spread(shares: np.ndarray, names: list[str]) -> np.ndarray:
+        low, high = (np.stack([chunk[f"{end}_{one}"] for one in names], 1).astype(np.float32) for end in ("min", "max"))
+        return low[of] + shares * (high - low)[of]
+
+    color = _shares(rows["packed_color"], (8, 8, 8, 8))
+    if "min_r" in chunks.layout.names:
+        color[:, :3] = spread(color[:, :3], ["r", "g", "b"])
+    alpha = np.clip(color[:, 3], 0.5 / 255, 254.5 / 255)  # bytes 0 and 255 are rounded: their logits would be infinite
+    sh = ((color[:, :3] - 0.5) / SH_C0)[:, None]
+    if "sh" in elements:
+        progress(0.5, f"{vertices.count:,} splats")
+        table = _rows(file, elements["sh"], name, 0, vertices.count)
+        of_channel = len(table.dtype.names) // 3
+        if of_channel not in (3, 8, 15) or any(f"f_rest_{i}" not in table.dtype.names for i in range(3 * of_channel)):
+            raise KilnError(
+                "bad-input", f"{name} is a compressed PLY of a kind that Kiln cannot read.", "Export it as plain PLY or as SPZ."
+            )
+        rest = np.stack([table[f"f_rest_{i}"] for i in range(3 * of_channel)], 1).astype(np.float32)
+        shares = np.where(rest == 0, 0, np.where(rest == 255, 1, (rest + 0.5) / 256)).astype(np.float32)
+        sh = np.concatenate([sh, ((shares - 0.5) * 8).reshape(-1, 3, of_channel).transpose(0, 2, 1)], 1)
+    return Splats(
+        means=spread(_shares(rows["packed_position"], (11, 10, 11)), ["x", "y", "z"]),
+        quaternions=_packed_quaternions(rows["packed_rotation"]),
+        log_scales=spread(_shares(rows["packed_scale"], (11, 10, 11)), ["scale_x", "scale_y", "scale_z"]),
+        opacity_logits=np.log(alpha / (1 - alpha)),
+        sh=np.ascontiguousarray(sh, np.float32),
+    )
+
+
+def _shares(packed: np.ndarray, bits: tuple[int, ...]) -> Float[np.ndarray, "n k"]:
+    """Fields of a 32-bit number, highest first, as shares of their greatest value."""
+    starts = 32 - np.cumsum(bits)
+    fields = [(packed >> np.uint32(start)) & np.uint32(2**width - 1) for start, width in zip(starts, bits, strict=True)]
+    return np.stack([field / (2**width - 1) for field, width in zip(fields, bits, strict=True)], 1).astype(np.float32)
+
+
+def _packed_quaternions(packed: np.ndarray) -> Float[np.ndarray, "n 4"]:
+    """w first: two bits name the largest of w, x, y, z; the others follow in that order."""
+    largest = (packed >> np.uint32(30)).astype(int)
+    three = (_shares(packed, (2, 10, 10, 10))[:, 1:] - 0.5) * np.float32(2**0.5)
+    q = np.empty((len(packed), 4), np.float32)
+    each = np.arange(len(packed))
+    for step in range(3):
+        q[each, step + (step >= largest)] = three[:, step]
+    q[each, largest] = np.sqrt(np.maximum(1 - (three**2).sum(1), 0))
+    return q
+
+
+def _rows(file: BinaryIO, element: _Element, name: str, first: int, count: int) -> np.ndarray:
+    file.seek(element.start + first * element.layout.itemsize)
+    rows = np.fromfile(file, element.layout, count)
+    if len(rows) < count:
+        what = "Gaussians" if element.name == "vertex" else f"rows of {element.name!r}"
+        raise KilnError("bad-input", f"{name} ends after {first + len(rows):,} of {element.count:,} {what}.", "Copy it again.")
+    return rows
+
+
+def _read_header(file: BinaryIO, name: str) -> list[_Element]:
+    """The elements up to the first one with lists in it: what follows a list cannot be found without reading it."""
+    not_ply = KilnError("bad-input", f"{name} is not a PLY file.", "Give Gaussian splats as binary PLY or as SPZ.")
     if file.readline(16).rstrip() != b"ply":
         raise not_ply
-    count, fields, element, binary = None, [], None, False
-    for _ in range(500):
+    order, found = "", []
+    for _ in range(1000):
         words = file.readline(1000).decode("ascii", "replace").split()
         if words[:1] == ["end_header"]:
             break
         if words[:1] == ["format"]:
-            binary = words[1:2] == ["binary_little_endian"]
+            order = {"binary_little_endian": "<", "binary_big_endian": ">"}.get(words[1] if len(words) > 1 else "", "")
+            if not order:
+                raise KilnError("bad-input", f"{name} is a text PLY.", "Export the splats as binary PLY or as SPZ.")
         elif words[:1] == ["element"] and len(words) == 3 and words[2].isdigit():
-            if count is not None and words[1] != "vertex" and element == "vertex":
-                element = words[1]  # what follows the Gaussians is not read
-            elif words[1] == "vertex" and element is None:
-                element, count = "vertex", int(words[2])
+            found.append((words[1], int(words[2]), []))
+        elif words[:1] == ["property"] and found:
+            if words[1:2] == ["list"]:
+                found[-1][2].append(None)
+            elif len(words) != 3 or words[1] not in _TYPES or words[2] in [one[0] for one in found[-1][2] if one]:
+                raise KilnError("bad-input", f"{name}: its header has the property {' '.join(words[1:])!r}.", "Export it again.")
             else:
-                raise KilnError("bad-input", f"{name}: its first element is not 'vertex'.", "Export it in the 3DGS layout.")
-        elif words[:1] == ["property"] and element == "vertex":
-            if len(words) != 3 or words[1] not in _TYPES or words[2] in dict(fields):
-                raise KilnError(
-                    "bad-input", f"{name}: its header has the property {' '.join(words[1:])!r}.", "Export it in the 3DGS layout."
-                )
-            fields.append((words[2], "<" + _TYPES[words[1]]))
+                found[-1][2].append((words[2], order + _TYPES[words[1]]))
     else:
         raise not_ply
-    if not binary:
+    if not order:
         raise not_ply
-    if not count or not fields:
-        raise KilnError("bad-input", f"{name} holds no Gaussians.", "Export it again.")
-    if count > MOST_SPLATS:
-        raise KilnError("bad-input", f"{name} says that it holds {count} Gaussians.", f"At most {MOST_SPLATS}.")
-    return count, np.dtype(fields)
+    elements, start = [], file.tell()
+    for kind, count, fields in found:
+        if None in fields:
+            elements.append(_Element(kind, count, np.dtype([]), start))
+            break
+        elements.append(_Element(kind, count, np.dtype(fields), start))
+        start += count * elements[-1].layout.itemsize
+    return elements
