@@ -540,7 +540,7 @@ def _offline_bundle(python: Path, version: str | None, out: Path) -> Path:
         options = ["-qq", "--only-binary=:all:", "--python-version", version, "--dest", scratch / "wheels"]
         if torch.index and environment.reachable(torch.index):
             options += ["--extra-index-url", torch.index]
-        _call([*_pip(python), "download", *options, "-r", LOCKS / "backend.txt"])
+        _call([*_pip(python), "download", *options, "-r", LOCKS / "backend.txt", *torch.more])
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
             for file in sorted((scratch / "wheels").iterdir()):
                 archive.write(file, file.name)

@@ -31,6 +31,8 @@ from pathlib import Path
 
 PYTHONS = ((3, 11), (3, 12), (3, 13))  # that every package of the backend has a ready-made wheel for
 PYTORCH = "https://download.pytorch.org/whl/"  # PyTorch's public index; below it a folder for each device
+# NVIDIA Warp, which draws and fits splats on a GPU without a compiler. Only where it runs: 149 MB to download, 392 MB on disk.
+WARP = "warp-lang==1.19.0"
 MARKER = "kiln-environment.json"  # what a finished environment was made from; "null" while it is being made
 CONSOLE = {"creationflags": subprocess.CREATE_NO_WINDOW} if sys.platform == "win32" else {}  # no window flashes up from Blender
 REPORT_EVERY = 0.2  # seconds
@@ -181,12 +183,14 @@ def _candidates(version: tuple[int, int]) -> Iterator[Path | str]:
 
 @dataclass(frozen=True)
 class Torch:
-    """A build of PyTorch: what it computes on, the index that offers it (None: pip's own), and the disk an environment with it takes."""
+    """A build of PyTorch: what it computes on, the index that offers it (None: pip's own), the disk an environment with it takes, and
+    what else that device wants beside the lock files."""
 
     device: str  # "cuda", "rocm", "apple" or "cpu"
     index: str | None
     gigabytes: float
     why: str
+    more: tuple[str, ...] = ()
 
 
 def torch_build() -> Torch:
@@ -204,8 +208,8 @@ def torch_build() -> Torch:
         name, driver, capability = ([part.strip() for part in gpu.splitlines()[0].split(",")] + ["", ""])[:3]
         driver_major, capability = _number(driver), _number(capability)
         # Driver branches: NVIDIA's CUDA release notes. Architectures: PyTorch's release matrix (13.0 from Turing on, 12.6 up to Hopper).
-        if driver_major >= 580 and capability >= 7.5:
-            return Torch("cuda", PYTORCH + "cu130", 8.0, f"{name}, driver {driver}: CUDA 13.0")
+        if driver_major >= 580 and capability >= 7.5:  # Warp's wheel asks for the same
+            return Torch("cuda", PYTORCH + "cu130", 8.4, f"{name}, driver {driver}: CUDA 13.0", (WARP,))
         if driver_major >= 525 and 5.0 <= capability < 10.0:
             return Torch("cuda", PYTORCH + "cu126", 8.0, f"{name}, driver {driver}: CUDA 12.6")
         why = f"{name} with driver {driver} fits no CUDA build (a driver from 580 on is needed; the card must be from 2014 or later): CPU"
@@ -319,6 +323,10 @@ def _create(target, python, locks, wheel, torch, bundle, report, log, started) -
             run("Fetching pip", [*install, own], 0.03, 0.05, certificates=not folder)
             install.append("--progress-bar=raw")
         whole = [part for lock in locks for part in ("-r", str(lock))]
+        if torch and not folder:
+            whole += torch.more
+        elif torch:  # a bundle that was made for another device goes without
+            whole += [one for one in torch.more if any(folder.glob(one.split("==")[0].replace("-", "_") + "-*.whl"))]
         run("Looking for packages", [*install, *whole], 0.05, 0.97 if wheel else 1.0, expected=len(names))
         if wheel:  # by itself: an update of Kiln with the same version number still counts
             update = [*install, "--no-deps", "--no-index", "--force-reinstall", str(wheel)]

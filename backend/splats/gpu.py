@@ -1,34 +1,72 @@
-"""The fit on an NVIDIA GPU: gsplat's kernels and torch's Adam, with the start, the rounds of growth, rates and loss of `fit.py`.
+"""The fit on an NVIDIA GPU: the start, the rounds of growth, rates and loss of `fit.py`, with several views a step, which fill the GPU and
+cost little more than one.
 
-Each step looks at several views at once, which fills the GPU and costs little more than one. Everything torch is imported late: a fit
-on the CPU neither waits for it nor shares the cores with its threads. gsplat compiles its kernels on first use where none are installed.
+Two engines draw: gsplat, where its kernels are built or a CUDA toolkit can build them, and else `raster_warp`, which needs wheels alone.
+An engine is used when it draws what the CPU does (`_wrong`). Everything torch is imported late: a fit on the CPU neither waits for it nor
+shares the cores with its threads.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 
-from backend.progress import Progress
-from backend.views.cameras import Camera
+from backend.progress import Progress, silent
+from backend.views.cameras import look_at
 from backend.views.views import Views
 from protocol import recipes
 from protocol.errors import KilnError
 
-from .loss import Adam
+from .loss import Adam, Weights
 from .model import Splats
-from .raster_cpu import DILATION, LOG_SCALE, MEAN, NEAR, OPACITY, QUATERNION, SH
+from .raster_cpu import DILATION, LOG_SCALE, MEAN, NEAR, OPACITY, QUATERNION, SH, camera_numbers, pack, unpack
 
 VIEWS_A_STEP = 4
+WITHIN = 0.02  # of pictures (absolute) and gradients (relative) on the CPU: an engine that is further off is broken
+
+
+# ---------------------------------------------------------------- which engine
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What draws and compares on the GPU; `draw` and `loss` have the signatures of `raster_warp.draw` and `loss_warp.loss_of`."""
+
+    name: str
+    draw: Callable
+    loss: Callable
+
+
+_FAILED: dict[str, str] = {}  # engines that could not be loaded or drew nonsense in this process, and why
+
+
+def why_not() -> str:
+    """Why fits cannot run on a GPU here, as the end of a sentence; "" where an engine can be tried. Compiles nothing."""
+    reason = why_no_cuda()
+    if reason:
+        return reason
+    reasons = [why_no_gsplat(), why_no_warp()]
+    return " and ".join(reasons) if all(reasons) else ""
 
 
 @cache
-def why_not() -> str:
-    """Why fits cannot run here, as the end of a sentence; "" if they can. May compile gsplat, which takes minutes the first time."""
+def why_no_cuda() -> str:
+    """Why torch cannot compute on a GPU."""
     try:
         ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError:
@@ -39,37 +77,195 @@ def why_not() -> str:
         return f"the installed torch {torch.__version__} is built without CUDA"
     if not torch.cuda.is_available():
         return "torch finds no usable NVIDIA GPU"
-    try:
-        from gsplat.cuda._backend import _C
-    except Exception as error:  # a failed compilation ends in whatever the compiler's wrapper raises
-        return f"gsplat's kernels could not be built or loaded ({type(error).__name__}: {str(error).strip().splitlines()[-1:]})"
-    if _C is None:
-        return "gsplat has no built kernels and there is no CUDA toolkit (nvcc) to build them"
     return ""
 
 
-def draw(parameters, cameras, width: int, height: int, sh_degree: int):
-    """gsplat's picture of each camera in the conventions of `raster_cpu`.
+def why_no_gsplat() -> str:
+    """Why gsplat can neither be loaded nor be compiled."""
+    if "gsplat" in _FAILED:
+        return _FAILED["gsplat"]
+    if importlib.util.find_spec("gsplat") is None:
+        return "gsplat is not installed"
+    return "" if gsplat_is_built() else _why_not_compile()
 
-    parameters: the rows of the parameter matrix as (N, rows) on the GPU. cameras: (view matrices V x 4 x 4, intrinsics V x 3 x 3).
-    Returns colour on black V x H x W x 3, accumulated depth V x H x W, alpha V x H x W, and projected centres with their gradient retained.
-    """
+
+def gsplat_is_built() -> bool:
+    """Whether gsplat's kernels come with its wheel or were compiled before, so that loading them takes a second."""
+    if importlib.util.find_spec("gsplat.csrc") is not None:
+        return True
+    from torch.utils import cpp_extension
+
+    folder = Path(cpp_extension._get_build_directory("gsplat_cuda", False))
+    return any((folder / f"gsplat_cuda{ending}").exists() for ending in (".so", ".pyd", ".lib"))
+
+
+@cache
+def _why_not_compile() -> str:
+    """Why gsplat cannot be compiled: that takes a CUDA toolkit of torch's own version and a host compiler."""
+    import torch
+    from torch.utils import cpp_extension
+
+    home = cpp_extension.CUDA_HOME
+    compiler = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None
+    if not compiler:
+        return "gsplat has no built kernels and there is no CUDA toolkit (nvcc) to build them"
+    said = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30).stdout
+    release = re.search(r"release (\d+)\.", said)
+    if not release or not torch.version.cuda or release[1] != torch.version.cuda.split(".")[0]:
+        version = f"CUDA {release[1]}" if release else "no CUDA that it names"
+        return f"gsplat has no built kernels and {compiler} is of {version}, torch of CUDA {torch.version.cuda}"
+    if shutil.which("cl" if sys.platform == "win32" else os.environ.get("CXX", "c++")) is None:
+        return "gsplat has no built kernels and there is no C++ compiler to build them"
+    return ""
+
+
+def why_no_warp() -> str:
+    """Why NVIDIA Warp cannot draw on the GPU."""
+    if "Warp" in _FAILED:
+        return _FAILED["Warp"]
+    if importlib.util.find_spec("warp") is None:
+        return "NVIDIA Warp is not installed"
+    import warp
+
+    if not warp.is_cuda_available():
+        return f"NVIDIA Warp {warp.__version__} finds no GPU that it can use (it needs a driver from 580 on and a card from 2018 or later)"
+    return ""
+
+
+def sentence(device: str) -> str:
+    """Where a fit on `device` ("auto", "cpu", "cuda") runs and why, for a person."""
+    if device == "cpu":
+        return "The splats are fitted on the CPU, as asked."
+    reason = why_not()
+    return f"The splats are fitted on the CPU. The GPU is not used: {reason}." if reason else "The splats are fitted on the GPU."
+
+
+def engine_for_this_gpu(progress: Progress = silent) -> Engine | None:
+    """The engine that draws here, loaded, or None (`why_not` says why). The first use on a computer compiles kernels, and says so."""
+    for name, why, load in (("gsplat", why_no_gsplat, _gsplat), ("Warp", why_no_warp, _warp)):
+        if why():
+            continue
+        try:
+            engine = load(progress)
+            progress(0.0, f"Trying {name}")
+            problem = _wrong(engine.draw, "cuda")
+        except (ImportError, OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:  # whatever a foreign build may raise
+            last = (str(error).strip().splitlines() or [""])[-1]
+            problem = f"could not be built or loaded ({type(error).__name__}: {last[:200]})"
+        if not problem:
+            return engine
+        _FAILED[name] = f"{name} {problem}"
+        print(f"The GPU engine {_FAILED[name]}", file=sys.stderr)
+    return None
+
+
+def _gsplat(progress: Progress) -> Engine:
+    if not gsplat_is_built():
+        _compile_gsplat(progress)
+    from gsplat.cuda._backend import _C
+
+    if _C is None:
+        raise ImportError("no kernels")
+    return Engine("gsplat", draw_with_gsplat, loss_in_torch if why_no_warp() else _warp(progress).loss)
+
+
+@cache
+def _loaded_warp() -> Engine:
+    from . import loss_warp, raster_warp
+
+    return Engine("Warp", raster_warp.draw, loss_warp.loss_of)
+
+
+def _warp(progress: Progress) -> Engine:
+    progress(0.0, "Loading the GPU's kernels (compiled once on a computer, in some seconds)")
+    return _loaded_warp()
+
+
+def _compile_gsplat(progress: Progress) -> None:
+    """Compiles gsplat's kernels in a process of its own, which ends when `progress` raises."""
+    program = "import sys; from gsplat.cuda._backend import _C; sys.exit(_C is None)"
+    group: dict = {} if sys.platform == "win32" else {"start_new_session": True}
+    began = time.monotonic()
+    with tempfile.TemporaryFile("w+", errors="replace") as said:
+        process = subprocess.Popen([sys.executable, "-c", program], stdout=said, stderr=subprocess.STDOUT, **group)
+        try:
+            while process.poll() is None:
+                elapsed = int(time.monotonic() - began)
+                progress(0.0, f"Compiling gsplat for this GPU, once on a computer, some minutes: {elapsed // 60}:{elapsed % 60:02d}")
+                time.sleep(0.25)
+        finally:
+            if process.poll() is None:
+                _end(process)
+        if process.returncode:
+            said.seek(0)
+            raise ImportError((said.read().strip().splitlines() or ["the compiler said nothing"])[-1])
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ends a process with all that it started."""
+    if sys.platform == "win32":
+        subprocess.run(["taskkill", "/F", "/T", "/PID", str(process.pid)], capture_output=True)
+    else:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _wrong(draw: Callable, device: str) -> str:
+    """What is wrong with an engine, as the end of a sentence: it draws some Gaussians, and the CPU's kernels say how that should look."""
+    import torch
+
+    from . import autograd
+
+    random = np.random.default_rng(0)
+    count, size = 64, 40
+    splats = Splats(
+        means=random.normal(0, 0.4, (count, 3)).astype(np.float32),
+        quaternions=random.normal(0, 1, (count, 4)).astype(np.float32),
+        log_scales=random.normal(-2.5, 0.5, (count, 3)).astype(np.float32),
+        opacity_logits=random.normal(0.5, 1, count).astype(np.float32),
+        sh=random.normal(0, 0.5, (count, 4, 3)).astype(np.float32),
+    )
+    camera = look_at((0.5, -3, 0.5), (0, 0, 0), size, 0.7)
+    pulls = torch.tensor(random.normal(0, 1, (5, size, size)).astype(np.float32))
+    fields = [splats.means, splats.quaternions, splats.log_scales, splats.opacity_logits, splats.sh]
+    means, quaternions, log_scales, logits, sh = truth = [torch.tensor(field, requires_grad=True) for field in fields]
+    color, depth, alpha = autograd.draw(means, quaternions, log_scales, logits, sh, camera)
+    wanted = torch.cat([color.permute(2, 0, 1), depth[None], alpha[None]])
+    (wanted * pulls).sum().backward()
+    matrix = torch.tensor(pack(splats)[:, :count].copy(), device=device, requires_grad=True)
+    planes = draw(matrix, torch.tensor(camera_numbers(camera), device=device)[None], size, size)[0]
+    (planes * pulls.to(device)).sum().backward()
+    off = float((planes.detach().cpu() - wanted.detach()).abs().max())
+    if not off < WITHIN:
+        return f"draws other pictures than the CPU (by {off:.2g})"
+    gradients = torch.cat([part.grad.reshape(count, -1) for part in truth], 1).T
+    off = float((matrix.grad.cpu() - gradients).norm() / gradients.norm())
+    return "" if off < WITHIN else f"finds other gradients than the CPU (by {off:.2g})"
+
+
+# ---------------------------------------------------------------- gsplat in this project's conventions
+
+
+def draw_with_gsplat(parameters, cameras, width: int, height: int, pulled=None, room=None):
+    """`raster_warp.draw` through gsplat (`room` is not needed: gsplat counts its entries itself)."""
     import gsplat
     import torch
 
-    views, lenses = cameras
-    means, quaternions = parameters[:, MEAN:QUATERNION], parameters[:, QUATERNION:LOG_SCALE]
-    scales = parameters[:, LOG_SCALE:OPACITY].exp()
-    sh = parameters[:, SH:].reshape(len(parameters), -1, 3)
-    eyes = torch.linalg.inv(views)[:, :3, 3]
-    directions = (means[None] - eyes[:, None]).contiguous()
-    color = gsplat.spherical_harmonics(sh_degree, directions, sh[None].expand(len(views), -1, -1, -1).contiguous())
+    views, lenses = _matrices(cameras)
+    rows = parameters.T
+    means, quaternions = rows[:, MEAN:QUATERNION].contiguous(), rows[:, QUATERNION:LOG_SCALE].contiguous()
+    scales = rows[:, LOG_SCALE:OPACITY].exp()
+    sh = rows[:, SH:].reshape(len(rows), -1, 3)
+    directions = (means[None] - cameras[:, None, 16:19]).contiguous()
+    degree = round(sh.shape[1] ** 0.5) - 1
+    color = gsplat.spherical_harmonics(degree, directions, sh[None].expand(len(views), -1, -1, -1).contiguous())
     planes = _depth_planes(means, quaternions, scales, views, lenses, width, height)
     features, alpha, meta = gsplat.rasterization(
         means=means,
         quats=quaternions,
         scales=scales,
-        opacities=parameters[:, OPACITY].sigmoid(),
+        opacities=rows[:, OPACITY].sigmoid(),
         colors=torch.cat([torch.clamp_min(color + 0.5, 0.0), planes], -1),
         viewmats=views,
         Ks=lenses,
@@ -81,11 +277,29 @@ def draw(parameters, cameras, width: int, height: int, sh_degree: int):
         rasterize_mode="classic",
     )
     centres = meta["means2d"]
-    if centres.requires_grad:
-        centres.retain_grad()
-    y, x = torch.meshgrid(torch.arange(height, device=means.device) + 0.5, torch.arange(width, device=means.device) + 0.5, indexing="ij")
+    if pulled is not None and centres.requires_grad:
+
+        def note(gradient):
+            strength = gradient.norm(dim=-1)
+            pulled[0] += strength.sum(0)
+            pulled[1] += (strength > 0).sum(0)
+
+        centres.register_hook(note)
+    x = torch.arange(width, device=means.device) + 0.5
+    y = torch.arange(height, device=means.device)[:, None] + 0.5
     depth = features[..., 3] + x * features[..., 4] + y * features[..., 5]
-    return features[..., :3], depth, alpha[..., 0], centres
+    return torch.cat([features[..., :3].permute(0, 3, 1, 2), depth[:, None], alpha.permute(0, 3, 1, 2)], 1)
+
+
+def _matrices(cameras):
+    """View matrices V x 4 x 4 and intrinsics V x 3 x 3 of `camera_numbers`."""
+    import torch
+
+    views = torch.eye(4, device=cameras.device).repeat(len(cameras), 1, 1)
+    views[:, :3, :3], views[:, :3, 3] = cameras[:, :9].reshape(-1, 3, 3), cameras[:, 9:12]
+    lenses = torch.eye(3, device=cameras.device).repeat(len(cameras), 1, 1)
+    lenses[:, 0, 0], lenses[:, 1, 1], lenses[:, :2, 2] = cameras[:, 12], cameras[:, 13], cameras[:, 14:16]
+    return views, lenses
 
 
 def _depth_planes(means, quaternions, scales, views, lenses, width: int, height: int):
@@ -118,18 +332,29 @@ def _depth_planes(means, quaternions, scales, views, lenses, width: int, height:
     return torch.stack([z - slope_x * u - slope_y * v, slope_x, slope_y], -1)
 
 
-def _cameras(cameras: list[Camera], device):
+def loss_in_torch(planes, targets, backgrounds, weights: Weights):
+    """`loss_warp.loss_of` in plain torch, for a GPU that Warp does not run on; several times slower."""
     import torch
 
-    views = np.stack([camera.camera_from_world for camera in cameras])
-    lenses = np.array([[[c.fx, 0, c.cx], [0, c.fy, c.cy], [0, 0, 1]] for c in cameras])
-    return torch.tensor(views, dtype=torch.float32, device=device), torch.tensor(lenses, dtype=torch.float32, device=device)
+    alpha, background = planes[:, 4:5], backgrounds[:, :, None, None]
+    picture = planes[:, :3] + (1 - alpha) * background
+    truth = targets[:, :3] + (1 - targets[:, 3:4]) * background
+    loss = (1 - weights.ssim) * (picture - truth).abs().mean() + weights.alpha * (alpha - targets[:, 3:4]).abs().mean()
+    if weights.ssim > 0:
+        loss = loss + weights.ssim * _dissimilarity(picture, truth)
+    if weights.depth > 0:
+        known = targets[:, 4:5]
+        loss = loss + weights.depth * torch.where(known > 0, (planes[:, 3:4] - known * alpha).abs(), 0).mean()
+    return loss
 
 
-def _dissimilarity(a, b, window):
+def _dissimilarity(a, b):
     """Mean of 1 - SSIM over pictures V x 3 x H x W; the window and constants of `loss.py`."""
     import torch
     from torch.nn import functional
+
+    window = torch.exp(-0.5 * (torch.arange(11, device=a.device) - 5.0) ** 2 / 1.5**2)
+    window = window / window.sum()
 
     def blurred(x):
         channels = x.shape[1]
@@ -142,16 +367,26 @@ def _dissimilarity(a, b, window):
     return 1 - ssim.mean()
 
 
+# ---------------------------------------------------------------- the fit
+
+
 def fit_on_cuda(views: Views, p: recipes.Fit, seed: int, progress: Progress, schedule) -> Splats:
-    """`fit.fit` on the first NVIDIA GPU. Gradients are summed by atomics: results repeat closely, not bit by bit."""
+    """`fit.fit` on the first NVIDIA GPU. Gradients are summed by atomics: results repeat closely, not bit by bit.
+
+    Where no engine turns out to work, the CPU fits, unless the GPU was asked for by name (`KilnError("no-device")`).
+    """
     import torch
 
     from . import fit as shared
-    from .raster_cpu import unpack
 
-    device = torch.device("cuda")
+    engine = engine_for_this_gpu(progress)
+    if engine is None:
+        if shared.runs_on_cuda(p.device):
+            raise AssertionError("an engine that failed is remembered")
+        progress(0.0, sentence(p.device))
+        return shared._fit_on_cpu(views, p, seed, progress, schedule)
     try:
-        return _fit(torch, device, views, p, seed, progress, schedule, shared, unpack)
+        return fit_with(engine, torch.device("cuda"), views, p, seed, progress, schedule)
     except torch.cuda.OutOfMemoryError:
         free, all_of_it = (round(size / 2**30, 1) for size in torch.cuda.mem_get_info())
         raise KilnError(
@@ -160,94 +395,124 @@ def fit_on_cuda(views: Views, p: recipes.Fit, seed: int, progress: Progress, sch
         ) from None  # fmt: skip
 
 
-def _fit(torch, device, views, p, seed, progress, schedule, shared, unpack) -> Splats:
+def fit_with(engine: Engine, device, views: Views, p: recipes.Fit, seed: int, progress: Progress, schedule) -> Splats:
+    """The fit by an engine on a torch device. Between reports and rounds of growth the host never waits for the device."""
+    import torch
+
+    from . import fit as shared
+
     progress(0.0, "Placing splats")
     random = np.random.default_rng(seed)
     torch.manual_seed(seed)
     start = shared.first_splats(views, p, random, schedule)
-    matrix = shared.pack(start)[:, : len(start)]
     progress(0.02, "Preparing the GPU")
     height, width = views.alpha.shape[1:]
-    alphas = torch.tensor(views.alpha, device=device)
-    targets = torch.tensor(views.images, device=device) * alphas[..., None]
-    depths = None if views.depth is None else torch.tensor(np.where(views.alpha > 0, views.depth, 0), device=device)
-    every_view, every_lens = _cameras(views.cameras, device)
+    weights = Weights(p.ssim_weight, p.alpha_weight, p.depth_weight if views.depth is not None else 0.0)
+    targets = torch.empty((len(views), 5, height, width), device=device)
+    for index, target in enumerate(targets):
+        target.copy_(torch.from_numpy(_target(views, index)))
+    cameras = torch.tensor(np.stack([camera_numbers(camera) for camera in views.cameras]), device=device)
     preview = shared.preview_camera(views.cameras)
-    window = torch.exp(-0.5 * (torch.arange(11, device=device) - 5.0) ** 2 / 1.5**2)
-    window /= window.sum()
-
-    def optimiser(matrix: np.ndarray, moments=None):
-        """One tensor for each row range that has its own rate, and Adam over them."""
-        groups = [(MEAN, QUATERNION), (QUATERNION, LOG_SCALE), (LOG_SCALE, OPACITY), (OPACITY, SH), (SH, SH + 3), (SH + 3, len(matrix))]
-        groups = [(a, b) for a, b in groups if b > a]
-        parts = [torch.tensor(matrix[a:b].T.copy(), device=device, requires_grad=True) for a, b in groups]
-        adam = torch.optim.Adam([{"params": [part]} for part in parts], eps=Adam.SMALL, betas=(Adam.KEEP1, Adam.KEEP2), fused=True)
-        if moments is not None:
-            first, second, steps = moments
-            for (a, b), part in zip(groups, parts, strict=True):
-                adam.state[part] = {
-                    "step": torch.tensor(float(steps), device=device),
-                    "exp_avg": torch.tensor(first[a:b].T.copy(), device=device),
-                    "exp_avg_sq": torch.tensor(second[a:b].T.copy(), device=device),
-                }
-        return groups, parts, adam
-
-    groups, parts, adam = optimiser(matrix)
-    count = len(parts[0])
-    pull, seen = torch.zeros(count, device=device), torch.zeros(count, device=device)
     orders, rounds = shared.Orders(len(views), random), set(shared.growth_steps(p.iterations, schedule))
+    at_once = min(VIEWS_A_STEP, len(views))
+    looks = torch.tensor([[orders.next() for _ in range(at_once)] for _ in range(p.iterations)], device=device)
+    black = torch.zeros((at_once, 3), device=device)
+
+    state = _State(torch, device, pack(start)[:, : len(start)])
     reported = time.monotonic()
     shown = reported - shared.PREVIEW_EVERY
     for step in range(p.iterations):
-        chosen = [orders.next() for _ in range(min(VIEWS_A_STEP, len(views)))]
-        color, depth, alpha, centres = draw(torch.cat(parts, 1), (every_view[chosen], every_lens[chosen]), width, height, p.sh_degree)
-        background = torch.rand(len(chosen), 1, 1, 3, device=device)
-        if step % 2 == 1 or not p.random_background:
-            background.zero_()
-        picture = color + (1 - alpha[..., None]) * background
-        truth = targets[chosen] + (1 - alphas[chosen][..., None]) * background
-        loss = (1 - p.ssim_weight) * (picture - truth).abs().mean() + p.alpha_weight * (alpha - alphas[chosen]).abs().mean()
-        if p.ssim_weight > 0:
-            loss = loss + p.ssim_weight * _dissimilarity(picture.permute(0, 3, 1, 2), truth.permute(0, 3, 1, 2), window)
-        if depths is not None and p.depth_weight > 0:
-            known = depths[chosen]
-            loss = loss + p.depth_weight * torch.where(known > 0, (depth - known * alpha).abs(), 0).mean()
-        adam.zero_grad(set_to_none=True)
+        chosen = looks[step]
+        matrix = torch.cat(state.parts)
+        matrix.register_hook(_only_numbers)
+        planes = engine.draw(matrix, cameras.index_select(0, chosen), width, height, state.pulled, state.room)
+        plain = step % 2 == 1 or not p.random_background
+        background = black if plain else torch.rand((at_once, 3), device=device)
+        loss = engine.loss(planes, targets.index_select(0, chosen), background, weights)
+        state.adam.zero_grad(set_to_none=True)
         loss.backward()
-        rates = shared.rates(schedule, len(matrix), step / p.iterations)
-        for (first_row, _), group in zip(groups, adam.param_groups, strict=True):
-            group["lr"] = float(rates[first_row])
-        adam.step()
-        with torch.no_grad():
-            moved = centres.grad.norm(dim=-1)
-            pull += moved.sum(0)
-            seen += (moved > 0).sum(0)
+        state.step(shared.rates(schedule, state.rows, step / p.iterations))
         if step + 1 in rounds:
             if not torch.isfinite(loss):
                 raise KilnError(
                     "fit-diverged", f"The fit broke down at step {step}: its loss is no number.", "Try another seed or fewer splats."
                 )
-            states = [adam.state[part] for part in parts]
-            steps = int(states[0]["step"])
-            first, second = (torch.cat([state[name] for state in states], 1).T.cpu().numpy() for name in ("exp_avg", "exp_avg_sq"))
-            matrix = torch.cat(parts, 1).detach().T.cpu().numpy()
-            matrix, kept = shared.pruned_and_grown(matrix, pull.cpu().numpy(), seen.cpu().numpy(), p.splats, schedule)
-            if matrix.shape[1] == 0:
-                raise KilnError("fit-diverged", "All splats have faded away.", "Check that pictures, alpha and cameras belong together.")
-            first, second = (np.where(kept >= 0, moments[:, kept], 0) for moments in (first, second))
-            groups, parts, adam = optimiser(matrix, (first, second, steps))
-            count = len(parts[0])
-            pull, seen = torch.zeros(count, device=device), torch.zeros(count, device=device)
+            state.grow(p.splats, schedule, shared)
         now = time.monotonic()
         if now - reported > shared.REPORT_EVERY:
-            reported, picture = now, None
+            picture = None
             if now - shown > shared.PREVIEW_EVERY:
                 shown = now
                 with torch.no_grad():
-                    color, _, alpha, _ = draw(torch.cat(parts, 1), _cameras([preview], device), preview.width, preview.height, p.sh_degree)
-                    picture = (color[0].cpu().numpy() + shared.PAPER * (1 - alpha[0].cpu().numpy()[..., None])).clip(0, 1)
-            progress(0.02 + 0.98 * (step + 1) / p.iterations, f"Step {step + 1} of {p.iterations}, {count} splats, GPU", picture)
-    result = torch.cat(parts, 1).detach().T.cpu().numpy()
+                    camera = torch.tensor(camera_numbers(preview), device=device)[None]
+                    seen = engine.draw(torch.cat(state.parts), camera, preview.width, preview.height)[0].cpu().numpy()
+                picture = np.moveaxis(seen[:3] + shared.PAPER[:, None, None] * (1 - seen[4]), 0, -1).clip(0, 1)
+            elif device.type == "cuda":
+                torch.cuda.synchronize(device)  # what is reported as done is done
+            reported = time.monotonic()
+            done = 0.02 + 0.98 * (step + 1) / p.iterations
+            progress(done, f"Step {step + 1} of {p.iterations}, {state.count} splats, GPU ({engine.name})", picture)
+    result = state.matrix()
     if not np.isfinite(result).all():
         raise KilnError("fit-diverged", "The fit broke down: some splats are not numbers.", "Try another seed or fewer splats.")
-    return unpack(result, count)
+    return unpack(result, state.count)
+
+
+def _only_numbers(gradient):
+    """What is not a number counts as zero, as it does on the CPU."""
+    return gradient.nan_to_num(0.0, 0.0, 0.0)
+
+
+def _target(views: Views, index: int) -> np.ndarray:
+    """A view as planes: red, green, blue on black, alpha, depth (0 where unknown)."""
+    alpha = views.alpha[index]
+    depth = np.zeros_like(alpha) if views.depth is None else np.where(alpha > 0, views.depth[index], 0)
+    layers = [*np.moveaxis(views.images[index] * alpha[..., None], -1, 0), alpha, depth]
+    return np.ascontiguousarray(np.stack(layers), dtype=np.float32)
+
+
+class _State:
+    """What a fit changes: the parameters as one tensor for each range of rows that has a rate of its own, Adam, and what growth needs."""
+
+    def __init__(self, torch, device, matrix: np.ndarray, moments=None):
+        self.torch, self.device, self.rows = torch, device, len(matrix)
+        groups = [(MEAN, QUATERNION), (QUATERNION, LOG_SCALE), (LOG_SCALE, OPACITY), (OPACITY, SH), (SH, SH + 3), (SH + 3, self.rows)]
+        self.groups = [(a, b) for a, b in groups if b > a]
+        self.parts = [torch.tensor(matrix[a:b].copy(), device=device, requires_grad=True) for a, b in self.groups]
+        keep = (Adam.KEEP1, Adam.KEEP2)
+        self.adam = torch.optim.Adam([{"params": [part]} for part in self.parts], eps=Adam.SMALL, betas=keep, fused=True)
+        if moments is not None:
+            first, second, steps = moments
+            for (a, b), part in zip(self.groups, self.parts, strict=True):
+                self.adam.state[part] = {
+                    "step": torch.tensor(float(steps), device=device),
+                    "exp_avg": torch.tensor(first[a:b].copy(), device=device),
+                    "exp_avg_sq": torch.tensor(second[a:b].copy(), device=device),
+                }
+        self.count = matrix.shape[1]
+        self.pulled = torch.zeros((2, self.count), device=device)
+        self.room = None
+        if importlib.util.find_spec("warp") is not None:
+            from .raster_warp import Room
+
+            self.room = Room()
+
+    def step(self, rates: np.ndarray) -> None:
+        for (first_row, _), group in zip(self.groups, self.adam.param_groups, strict=True):
+            group["lr"] = float(rates[first_row])
+        self.adam.step()
+
+    def matrix(self) -> np.ndarray:
+        return self.torch.cat(self.parts).detach().cpu().numpy()
+
+    def grow(self, most: int, schedule, shared) -> None:
+        """One round of growth, in place; the moments go with their Gaussians."""
+        states = [self.adam.state[part] for part in self.parts]
+        steps = int(states[0]["step"])
+        first, second = (self.torch.cat([state[name] for state in states]).cpu().numpy() for name in ("exp_avg", "exp_avg_sq"))
+        pull, seen = self.pulled.cpu().numpy().astype(float)
+        matrix, kept = shared.pruned_and_grown(self.matrix(), pull, seen, most, schedule)
+        if matrix.shape[1] == 0:
+            raise KilnError("fit-diverged", "All splats have faded away.", "Check that pictures, alpha and cameras belong together.")
+        first, second = (np.where(kept >= 0, moments[:, kept], 0) for moments in (first, second))
+        self.__init__(self.torch, self.device, matrix, (first, second, steps))  # type: ignore[misc]
