@@ -1,23 +1,29 @@
-"""A mesh's texture from the views: charts, a first blend of the sharpest views, then the texture that best explains all pixels.
+"""A mesh's textures from the views: charts, a first blend of the sharpest views, then the texture that best explains all pixels.
 
-All averaging is of linear light, as the renderer that made the views and the one that shows the texture both filter light before they
-encode it to sRGB. Errors are weighed in sRGB, where people and PSNR see them.
+Colour is averaged as linear light, as the renderer that made the views and the one that shows the texture both filter light before they
+encode it to sRGB. Errors are weighed in sRGB, where people and PSNR see them. A pixel of the colour is a mean over its area; one of the
+material, emission and normal passes is the value at its centre, and is explained as such.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
 import numpy as np
-from jaxtyping import Bool, Float, Int
-from numba import njit, prange
+from jaxtyping import Bool, Float, Int, UInt8
+from numba import prange
 from scipy.ndimage import distance_transform_edt, maximum_filter, minimum_filter
 from scipy.spatial import cKDTree
 
 from backend.mesh import raster
 from backend.mesh.mesh import Mesh, TexturedMesh
 from backend.mesh.raster import linear_from_srgb, srgb_from_linear
+from backend.mesh.tangents import tangents
 from backend.mesh.unwrap import unwrap
 from backend.progress import Progress, silent
 from backend.splats.model import SH_C0, Splats
+from backend.splats.parallel import kernel, parallel_kernel
 from backend.views.views import Views
 from protocol import recipes
 
@@ -26,57 +32,102 @@ SLACK = 0.012  # unit frame: what lies this much behind the depth seen is still 
 UNCLEAN = 1e-3  # weight of a pixel at a silhouette or a step in depth: used where nothing else saw the place
 BEND = 2.0  # pixel sizes: a larger second difference of depth is a step between two surfaces
 SWEEPS = 16  # of the solver; more of them sharpen noise
-RAYS = 12_000_000  # the solver's memory: 20 bytes each
+MAP_SWEEPS = 4  # of the solver for material and normals: their pixels are points, with more noise between views than means over an area
+RAYS = 12_000_000  # the solver's memory: 12 bytes each
+NEIGHBOURS = 200_000  # seen texels among which an unseen one finds its nearest
+CLEAR = 250  # 255ths: opacity from which on a texel counts as opaque
+SPECK = 1e-4  # share of the texture that may be less: errors at outlines
+FAINT = 1 / 255  # linear light below which nothing glows
 
 
-def bake(mesh: Mesh, splats: Splats, views: Views, p: recipes.Texture, progress: Progress = silent) -> TexturedMesh:
-    """`mesh` cut into charts, with a texture of p.size pixels a side. Uses the views that may be fitted alone.
+def bake(mesh: Mesh, splats: Splats | None, views: Views, p: recipes.Texture, progress: Progress = silent) -> TexturedMesh:
+    """`mesh` cut into charts, with textures of p.size pixels a side. Uses the views that may be fitted alone.
 
-    Texels that no view saw take the colour of the splats around them, or of the nearest seen texel where there are no splats.
+    Colour always; roughness, metallic, opacity and emission where the views have material passes, a normal map where they have normals.
+    Texels that no view saw take the colour of the splats around them, or of the nearest seen texel where there are no splats; the material
+    of the nearest seen texel; and the mesh's own normal.
     """
     seen = views.for_fitting
     progress(0.0, "Cutting charts")
-    source, uv, faces = unwrap(mesh, p.size, p.padding, lambda done: progress(0.3 * done, "Cutting charts"))
-    normals = vertex_normals(mesh)
-    cut = Mesh(np.ascontiguousarray(mesh.vertices[source]), faces)
+    source, uv, faces = unwrap(mesh, p.size, p.padding, _between(progress, 0, 0.3, "Cutting charts"))
+    turned = None
+    if seen.normals is not None:
+        normals = vertex_normals(mesh)[source]
+        split, faces, turned = tangents(mesh.vertices[source], normals, uv, faces)
+        source, uv = source[split], uv[split]
+    vertices, normals = np.ascontiguousarray(mesh.vertices[source]), vertex_normals(mesh)[source].astype(np.float32)
+    cut = Mesh(vertices, faces)
 
-    progress(0.3, "Looking for each texel in the views")
-    place, position, direction = _texels(cut, normals[source], uv, p.size)
-    depths = np.empty(seen.alpha.shape, np.float32)
-    clean = np.empty(seen.alpha.shape, bool)
-    for i, camera in enumerate(seen.cameras):
-        progress(0.3 + 0.2 * i / len(seen), "Looking for each texel in the views")
-        depths[i] = raster.depth(mesh, camera)[0]
-        given = None if seen.depth is None else seen.depth[i]
-        if given is not None:  # what stands before the mesh in the view hides it, even if the mesh has no such part
-            hidden = (given > 0) & (given < depths[i] - SLACK)
-            depths[i][hidden] = given[hidden]
-        clean[i] = _clean(depths[i], seen.alpha[i], given, camera.fx)
-        if given is not None:
-            clean[i] &= ~hidden
+    looking = "Looking for each texel in the views"
+    depths, clean = _surfaces(mesh, seen, _between(progress, 0.3, 0.45, looking))
+    progress(0.45, looking)
+    atlas = _lay_out(cut, normals, uv, p.size)
+    choice = _choose(atlas, seen, depths, clean)
+    del depths
+
     light = np.empty_like(seen.images)
     for i, image in enumerate(seen.images):
+        progress(0.47 + 0.05 * i / len(seen), "Blending the best views")
         light[i] = linear_from_srgb(image)
-    poses = np.stack([camera.camera_from_world for camera in seen.cameras])
-    lenses = np.array([[camera.fx, camera.fy, camera.cx, camera.cy] for camera in seen.cameras])
-    color, weight = _blend(position, direction, poses, lenses, light, seen.alpha, depths, clean)
+    color, found = _blend(light, seen.alpha > 0, choice)
+    if splats is not None and len(splats) and not found.all():
+        progress(0.52, "Colouring what no view saw")
+        color[~found] = _from_splats(splats, atlas.position[~found])
+    else:
+        _from_nearest(color, found, atlas)
+    solving = "Solving for the texture"
+    rays = _trace(cut, uv, seen, clean, _supersample(clean), p.size, _between(progress, 0.55, 0.65, solving))
+    texture = _solve(atlas.spread(color), rays, light, 1.0, True, SWEEPS, _between(progress, 0.65, 0.8, solving))
+    base_color = _coded(srgb_from_linear(atlas.spread(texture[atlas.row, atlas.column])))
+    del light, rays
+    made = TexturedMesh(vertices, normals, uv, faces, base_color, tangents=turned, texels_seen=float(found.mean()) if len(found) else 0.0)
 
-    progress(0.55, "Colouring what no view saw")
-    unseen = weight <= 0
-    if unseen.any():
-        color[unseen] = _from_splats(splats, position[unseen]) if splats is not None and len(splats) else 0
-        if (splats is None or not len(splats)) and not unseen.all():
-            color[unseen] = color[~unseen][cKDTree(position[~unseen]).query(position[unseen])[1]]
-    texture = np.zeros((p.size, p.size, 3), np.float32)
-    texture[place[:, 0], place[:, 1]] = color
-    covered = np.zeros((p.size, p.size), bool)
-    covered[place[:, 0], place[:, 1]] = True
-    texture = _spread(texture, covered)
+    if seen.normals is None and seen.material is None:
+        return made
+    return _maps(made, atlas, choice, seen, clean, _between(progress, 0.8, 1.0, "Solving for the maps"))
 
-    texture = _solve(texture, cut, uv, seen, light, clean, lambda done: progress(0.6 + 0.35 * done, "Solving for the texture"))
-    texture = _spread(texture, covered)
-    base_color = (srgb_from_linear(texture) * 255 + 0.5).astype(np.uint8)
-    return TexturedMesh(cut.vertices, normals[source].astype(np.float32), uv, faces, base_color)
+
+def _maps(
+    made: TexturedMesh, atlas: _Atlas, choice: _Choice, seen: Views, clean: Bool[np.ndarray, "v h w"], progress: Callable[[float], None]
+) -> TexturedMesh:
+    """`made` with what the passes tell of the surface itself: values at pixels' centres, where there is a surface."""
+    shown = seen.alpha > 0
+    if seen.normals is not None:
+        shown &= (seen.normals != 0).any(-1)
+    if seen.material is not None:
+        shown &= seen.material[..., 2] > 0
+    passes = {"normals": seen.normals, "material": seen.material, "emission": seen.emission}
+    given = {name: values for name, values in passes.items() if values is not None}
+    size = len(made.base_color)
+    rays = _trace(Mesh(made.vertices, made.faces), made.uv, seen, clean & shown, 1, size, lambda done: progress(0.1 * done))
+    solved = {}
+    for number, (name, one) in enumerate(given.items()):
+        values = one / np.float32(255) if one.dtype == np.uint8 else np.asarray(one, np.float32)
+        start, found = _blend(values, shown, choice)
+        if name == "normals":
+            start[~found] = atlas.direction[~found]
+        else:
+            _from_nearest(start, found, atlas)
+        most = float(np.abs(values).max())
+        part = _between(progress, 0.1 + 0.9 * number / len(given), 0.1 + 0.9 * (number + 1) / len(given))
+        solved[name] = _solve(atlas.spread(start), rays, values, most, False, MAP_SWEEPS, part)[atlas.row, atlas.column]
+    if "normals" in solved and made.tangents is not None:
+        frame = raster.tangent_frame(made.normals, made.tangents, atlas.corners, atlas.weights)
+        made = replace(made, normal_map=_coded(atlas.spread(_tangent_space(solved["normals"], frame)) / 2 + 0.5))
+    if "material" in solved:
+        surface = _coded(atlas.spread(solved["material"]))
+        opacity = surface[..., 2]
+        clear = (opacity < CLEAR).mean() > SPECK
+        made = replace(made, material=surface[..., :2].copy(), opacity=opacity.copy() if clear else None)
+    if "emission" in solved and solved["emission"].max(initial=0) > FAINT:
+        strength = max(1.0, float(solved["emission"].max()))
+        made = replace(made, emission=_coded(srgb_from_linear(atlas.spread(solved["emission"] / strength))), emission_strength=strength)
+    return made
+
+
+def _between(progress: Callable[..., None], first: float, last: float, *text: str) -> Callable[[float], None]:
+    """Reports a part of a step as [0, 1]."""
+    return lambda done: progress(first + (last - first) * done, *text)
 
 
 def vertex_normals(mesh: Mesh) -> Float[np.ndarray, "n 3"]:
@@ -94,31 +145,67 @@ def vertex_normals(mesh: Mesh) -> Float[np.ndarray, "n 3"]:
     return np.where(length > 1e-12, total / np.maximum(length, 1e-12), np.array([0.0, 0.0, 1.0]))
 
 
-def _texels(
-    cut: Mesh, normals: Float[np.ndarray, "n 3"], uv: Float[np.ndarray, "n 2"], size: int
-) -> tuple[Int[np.ndarray, "t 2"], Float[np.ndarray, "t 3"], Float[np.ndarray, "t 3"]]:
-    """Row and column, place and normal of every texel whose centre lies in a chart."""
+@dataclass(frozen=True)
+class _Atlas:
+    """The t texels whose centres lie in a chart, and for every texel of the texture the nearest of them."""
+
+    row: Int[np.ndarray, "t"]
+    column: Int[np.ndarray, "t"]
+    position: Float[np.ndarray, "t 3"]
+    direction: Float[np.ndarray, "t 3"]  # the mesh's smooth normal
+    corners: Int[np.ndarray, "t 3"]
+    weights: Float[np.ndarray, "t 3"]
+    nearest: Int[np.ndarray, "h w"]
+
+    def spread(self, values: Float[np.ndarray, "t c"]) -> Float[np.ndarray, "h w c"]:
+        """A texture. Between charts stands the nearest texel of one: no seams at small mip levels, and nothing dark."""
+        return values[self.nearest] if len(values) else np.zeros((*self.nearest.shape, values.shape[1]), np.float32)
+
+
+def _lay_out(cut: Mesh, normals: Float[np.ndarray, "n 3"], uv: Float[np.ndarray, "n 2"], size: int) -> _Atlas:
     screen = np.stack([uv[:, 0].astype(np.float64) * size, (1 - uv[:, 1].astype(np.float64)) * size], 1)
     flat = np.ones(len(screen))
     _, triangle = raster.z_buffer(screen, flat, cut.faces, size, size)
     place = np.argwhere(triangle >= 0)
-    face = cut.faces[triangle[place[:, 0], place[:, 1]]]
-    weights = _weights(screen, flat, face, place)
-    position = (cut.vertices[face].astype(np.float64) * weights[..., None]).sum(1)
-    direction = (normals[face] * weights[..., None]).sum(1)
-    return place, position, direction / np.maximum(np.linalg.norm(direction, axis=1, keepdims=True), 1e-12)
+    corners = cut.faces[triangle[place[:, 0], place[:, 1]]]
+    weights = raster.corner_weights(screen, flat, corners, place).astype(np.float32)
+    position, direction = _mix(cut.vertices, corners, weights), _mix(normals, corners, weights)
+    direction /= np.maximum(np.linalg.norm(direction, axis=1, keepdims=True), 1e-12)
+    number = np.cumsum(triangle.ravel() >= 0).reshape(size, size).astype(np.int32) - 1
+    if len(place):
+        row, column = distance_transform_edt(triangle < 0, return_distances=False, return_indices=True)
+        number = number[row, column]
+    return _Atlas(place[:, 0], place[:, 1], position, direction, corners, weights, number)
 
 
-@njit(nogil=True, cache=True)
-def _weights(screen, flat, faces, place):
-    weights = np.empty((len(place), 3))
-    for t in range(len(place)):
-        weights[t, 0], weights[t, 1], weights[t, 2] = raster.barycentric(screen, flat, faces[t], place[t, 1] + 0.5, place[t, 0] + 0.5)
-    return weights
+def _mix(values: Float[np.ndarray, "n 3"], corners: Int[np.ndarray, "t 3"], weights: Float[np.ndarray, "t 3"]) -> Float[np.ndarray, "t 3"]:
+    values = np.asarray(values, np.float32)
+    return values[corners[:, 0]] * weights[:, :1] + values[corners[:, 1]] * weights[:, 1:2] + values[corners[:, 2]] * weights[:, 2:]
+
+
+def _surfaces(mesh: Mesh, seen: Views, progress: Callable[[float], None]) -> tuple[Float[np.ndarray, "v h w"], Bool[np.ndarray, "v h w"]]:
+    """Depth of what each pixel of the views sees, and the pixels that see one surface of the mesh alone."""
+    depths = np.empty(seen.alpha.shape, np.float32)
+    clean = np.empty(seen.alpha.shape, bool)
+    for i, camera in enumerate(seen.cameras):
+        progress(i / len(seen))
+        depths[i] = raster.depth(mesh, camera)[0]
+        cover = seen.alpha[i]
+        if seen.material is not None:  # a pixel full of a clear surface is full, too
+            opacity = seen.material[i, ..., 2]
+            cover = np.where(opacity > 0, cover * 255 / np.maximum(opacity, 1), cover)
+        given = None if seen.depth is None else seen.depth[i]
+        if given is not None:  # what stands before the mesh in the view hides it, even if the mesh has no such part
+            hidden = (given > 0) & (given < depths[i] - SLACK)
+            depths[i][hidden] = given[hidden]
+        clean[i] = _clean(depths[i], cover, given, camera.fx)
+        if given is not None:
+            clean[i] &= ~hidden
+    return depths, clean
 
 
 def _clean(
-    depth: Float[np.ndarray, "h w"], alpha: Float[np.ndarray, "h w"], given: Float[np.ndarray, "h w"] | None, focal: float
+    depth: Float[np.ndarray, "h w"], cover: Float[np.ndarray, "h w"], given: Float[np.ndarray, "h w"] | None, focal: float
 ) -> Bool[np.ndarray, "h w"]:
     """Pixels whose neighbourhood shows one surface of the mesh, no background, and the depth that the view itself has."""
     height, width = depth.shape
@@ -127,7 +214,7 @@ def _clean(
     def shifted(rows: int, columns: int):
         return framed[1 + rows : 1 + rows + height, 1 + columns : 1 + columns + width]
 
-    clean = (minimum_filter(depth, 3) > 0) & (minimum_filter(alpha, 3) > 0.98)
+    clean = (minimum_filter(depth, 3) > 0) & (minimum_filter(cover, 3) > 0.98)
     for rows, columns in ((0, 1), (1, 0), (1, 1), (1, -1)):  # a step bends the line through a pixel's neighbours, a slope does not
         clean &= np.abs(shifted(rows, columns) + shifted(-rows, -columns) - 2 * depth) < BEND * depth / focal
     if given is not None:
@@ -136,29 +223,52 @@ def _clean(
     return clean
 
 
-@njit(parallel=True, nogil=True, cache=True)
-def _blend(position, direction, poses, lenses, light, alpha, depths, clean):
-    """Mean colour of the BEST views of each texel, and their weight, 0 where none saw it.
+@dataclass(frozen=True)
+class _Choice:
+    """For each texel the BEST views that see it: which (-1: none), their weights, the first of four pixels in each, the pixels' shares."""
 
-    A view's weight is the texel's size in its picture times its angle: sharp, frontal views win; pixels that are not clean hardly count.
-    """
+    view: Int[np.ndarray, "t b"]
+    weight: Float[np.ndarray, "t b"]
+    pixel: Int[np.ndarray, "t b"]
+    share: UInt8[np.ndarray, "t b 4"]
+
+
+def _choose(atlas: _Atlas, seen: Views, depths: Float[np.ndarray, "v h w"], clean: Bool[np.ndarray, "v h w"]) -> _Choice:
+    poses = np.stack([camera.camera_from_world for camera in seen.cameras])
+    lenses = np.array([[camera.fx, camera.fy, camera.cx, camera.cy] for camera in seen.cameras])
+    return _Choice(*_best_views(atlas.position, atlas.direction, poses, lenses, seen.alpha, depths, clean))
+
+
+@parallel_kernel
+def _best_views(position, direction, poses, lenses, alpha, depths, clean):
+    """A view's weight is the texel's size in its picture times its angle: frontal views win, and pixels that are not clean hardly count."""
     count, views = len(position), len(poses)
     height, width = alpha.shape[1:]
-    color = np.zeros((count, 3), np.float32)
-    weight = np.zeros(count, np.float32)
+    chosen = np.full((count, BEST), np.int16(-1))
+    weight = np.zeros((count, BEST), np.float32)
+    pixel = np.zeros((count, BEST), np.int32)
+    shares = np.zeros((count, BEST, 4), np.uint8)
     for t in prange(count):
-        best = np.zeros(BEST)
-        chosen = np.zeros((BEST, 3))
+        taps = np.zeros(4)
+        px, py, pz = np.float64(position[t, 0]), np.float64(position[t, 1]), np.float64(position[t, 2])
+        dx, dy, dz = np.float64(direction[t, 0]), np.float64(direction[t, 1]), np.float64(direction[t, 2])
         for n in range(views):
             m = poses[n]
-            x = m[0, 0] * position[t, 0] + m[0, 1] * position[t, 1] + m[0, 2] * position[t, 2] + m[0, 3]
-            y = m[1, 0] * position[t, 0] + m[1, 1] * position[t, 1] + m[1, 2] * position[t, 2] + m[1, 3]
-            z = m[2, 0] * position[t, 0] + m[2, 1] * position[t, 1] + m[2, 2] * position[t, 2] + m[2, 3]
-            nx = m[0, 0] * direction[t, 0] + m[0, 1] * direction[t, 1] + m[0, 2] * direction[t, 2]
-            ny = m[1, 0] * direction[t, 0] + m[1, 1] * direction[t, 1] + m[1, 2] * direction[t, 2]
-            nz = m[2, 0] * direction[t, 0] + m[2, 1] * direction[t, 1] + m[2, 2] * direction[t, 2]
+            x = m[0, 0] * px + m[0, 1] * py + m[0, 2] * pz + m[0, 3]
+            y = m[1, 0] * px + m[1, 1] * py + m[1, 2] * pz + m[1, 3]
+            z = m[2, 0] * px + m[2, 1] * py + m[2, 2] * pz + m[2, 3]
+            nx = m[0, 0] * dx + m[0, 1] * dy + m[0, 2] * dz
+            ny = m[1, 0] * dx + m[1, 1] * dy + m[1, 2] * dz
+            nz = m[2, 0] * dx + m[2, 1] * dy + m[2, 2] * dz
             cosine = -(x * nx + y * ny + z * nz) / np.sqrt(x * x + y * y + z * z)
-            if z <= 0 or cosine <= 0.05:
+            if z <= 0 or not cosine > 0.05:
+                continue
+            slot = 0
+            for k in range(1, BEST):
+                if weight[t, k] < weight[t, slot]:
+                    slot = k
+            most = cosine**4 / (z * z)
+            if most <= weight[t, slot]:
                 continue
             u, v = lenses[n, 0] * x / z + lenses[n, 2] - 0.5, lenses[n, 1] * y / z + lenses[n, 3] - 0.5
             if u < 0 or v < 0 or u >= width - 1 or v >= height - 1:
@@ -167,36 +277,69 @@ def _blend(position, direction, poses, lenses, light, alpha, depths, clean):
             a, b = u - c, v - r
             slack = SLACK + 2 * z / lenses[n, 0] * min(np.sqrt(1 / (cosine * cosine) - 1), 6.0)
             share, sharp = 0.0, 1.0
-            red, green, blue = 0.0, 0.0, 0.0
             for tap in range(4):
                 i, j = r + tap // 2, c + tap % 2
-                w = (b if tap // 2 else 1 - b) * (a if tap % 2 else 1 - a)
+                taps[tap] = 0.0
                 if depths[n, i, j] <= 0 or abs(depths[n, i, j] - z) > slack:  # another surface, or none
-                    sharp = min(sharp, UNCLEAN)
+                    sharp = UNCLEAN
                     continue
                 if not clean[n, i, j]:
-                    sharp = min(sharp, UNCLEAN)
-                w *= alpha[n, i, j]
-                share += w
-                red += w * light[n, i, j, 0]
-                green += w * light[n, i, j, 1]
-                blue += w * light[n, i, j, 2]
-            if share < 0.3:
+                    sharp = UNCLEAN
+                taps[tap] = (b if tap // 2 else 1 - b) * (a if tap % 2 else 1 - a) * alpha[n, i, j]
+                share += taps[tap]
+            if share < 0.3 or sharp * most <= weight[t, slot]:
                 continue
-            w = sharp * cosine**4 / (z * z)
-            slot = 0
-            for k in range(1, BEST):
-                if best[k] < best[slot]:
-                    slot = k
-            if w > best[slot]:
-                best[slot] = w
-                chosen[slot, 0], chosen[slot, 1], chosen[slot, 2] = red / share, green / share, blue / share
-        total = best.sum()
-        weight[t] = total
-        if total > 0:
+            weight[t, slot], chosen[t, slot], pixel[t, slot] = sharp * most, n, r * width + c
+            for tap in range(4):
+                shares[t, slot, tap] = np.uint8(255 * taps[tap] / share + 0.5)
+    return chosen, weight, pixel, shares
+
+
+def _blend(
+    values: Float[np.ndarray, "v h w 3"], shown: Bool[np.ndarray, "v h w"], choice: _Choice
+) -> tuple[Float[np.ndarray, "t 3"], Bool[np.ndarray, "t"]]:
+    """Mean of each texel's chosen views where they show something; whether any did."""
+    views, height, width = shown.shape
+    color, total = _mean(
+        values.reshape(views, height * width, 3),
+        shown.reshape(views, height * width),
+        width,
+        choice.view,
+        choice.weight,
+        choice.pixel,
+        choice.share,
+    )
+    return color, total > 0
+
+
+@parallel_kernel
+def _mean(values, shown, width, view, weight, pixel, share):
+    color = np.zeros((len(view), 3), np.float32)
+    total = np.zeros(len(view), np.float32)
+    for t in prange(len(view)):
+        for slot in range(view.shape[1]):
+            n = view[t, slot]
+            if n < 0:
+                continue
+            for tap in range(4):
+                at = pixel[t, slot] + tap % 2 + (width if tap // 2 else 0)
+                w = weight[t, slot] * np.float32(share[t, slot, tap])
+                if w > 0 and shown[n, at]:
+                    total[t] += w
+                    for k in range(3):
+                        color[t, k] += w * values[n, at, k]
+        if total[t] > 0:
             for k in range(3):
-                color[t, k] = (best * chosen[:, k]).sum() / total
-    return color, weight
+                color[t, k] /= total[t]
+    return color, total
+
+
+def _from_nearest(color: Float[np.ndarray, "t 3"], found: Bool[np.ndarray, "t"], atlas: _Atlas) -> None:
+    """Gives what was not found the value of the nearest place of the surface that was, in place."""
+    known, unknown = np.flatnonzero(found), np.flatnonzero(~found)
+    if len(known) and len(unknown):
+        known = known[:: max(1, len(known) // NEIGHBOURS)]
+        color[unknown] = color[known[cKDTree(atlas.position[known]).query(atlas.position[unknown])[1]]]
 
 
 def _from_splats(splats: Splats, points: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 3"]:
@@ -210,67 +353,77 @@ def _from_splats(splats: Splats, points: Float[np.ndarray, "n 3"]) -> Float[np.n
     return (color[index] * weight[..., None]).sum(1) / weight.sum(1, keepdims=True)
 
 
-def _spread(texture: Float[np.ndarray, "h w 3"], covered: Bool[np.ndarray, "h w"]) -> Float[np.ndarray, "h w 3"]:
-    """The colour of the nearest covered texel everywhere else: no seams at small mip levels, and nothing dark between charts."""
-    if not covered.any():
-        return texture
-    row, column = distance_transform_edt(~covered, return_distances=False, return_indices=True)
-    return texture[row, column]
+def _tangent_space(directions: Float[np.ndarray, "t 3"], frame: Float[np.ndarray, "t 3 3"]) -> Float[np.ndarray, "t 3"]:
+    """World directions in terms of tangent, bitangent and normal, as a normal map holds them: unit length, on the outer side."""
+    across, along, normal = frame[:, 0], frame[:, 1], frame[:, 2]
+    parts = np.stack([(directions * np.cross(b, c)).sum(1) for b, c in ((along, normal), (normal, across), (across, along))], 1)
+    parts *= np.sign((across * np.cross(along, normal)).sum(1))[:, None]  # Cramer's rule but for the length
+    parts /= np.maximum(np.linalg.norm(parts, axis=1, keepdims=True), 1e-12)
+    parts[:, 2] = np.maximum(parts[:, 2], 0.05)
+    parts[(parts[:, :2] == 0).all(1), 2] = 1
+    return (parts / np.linalg.norm(parts, axis=1, keepdims=True)).astype(np.float32)
 
 
-def _solve(texture, cut: Mesh, uv, seen: Views, light, clean, progress) -> Float[np.ndarray, "h w 3"]:
-    """The texture whose pictures differ least from the views (SIRT: Gilbert 1972), from the blended one.
+def _coded(values: Float[np.ndarray, "..."]) -> UInt8[np.ndarray, "..."]:
+    return (np.clip(values, 0, 1) * 255 + 0.5).astype(np.uint8)
 
-    Every clean pixel is a mean of bilinear lookups along its rays. Each sweep spreads the pixels' errors back over the texels that they
-    looked up. What no clean pixel shows stays as it was.
-    """
-    height, width = seen.alpha.shape[1:]
+
+@dataclass(frozen=True)
+class _Rays:
+    """Bilinear lookups that explain pixels: n pixels with r rays each, a pixel the mean of its rays."""
+
+    pixel: Int[np.ndarray, "n"]  # among all pixels of all views
+    texel: Int[np.ndarray, "n r"]  # the upper left of the four, counted along rows
+    share: Int[np.ndarray, "n r 2"]  # of the lower and of the right ones, in 65535ths
+    order: Int[np.ndarray, "n*r"]  # the rays by the texel's row
+    rows: Int[np.ndarray, "h+1"]  # where each row begins in `order`
+
+
+def _supersample(clean: Bool[np.ndarray, "v h w"]) -> int:
+    """Rays along a pixel's side, as many as memory allows."""
     subject = int(clean.sum())
-    supersample = 3 if subject * 9 <= RAYS else 2 if subject * 4 <= RAYS else 1
-    if subject == 0:
-        return texture
+    return 3 if subject * 9 <= RAYS else 2 if subject * 4 <= RAYS else 1
+
+
+def _trace(
+    cut: Mesh,
+    uv: Float[np.ndarray, "n 2"],
+    seen: Views,
+    wanted: Bool[np.ndarray, "v h w"],
+    supersample: int,
+    size: int,
+    progress: Callable[[float], None],
+) -> _Rays:
+    """Rays of the wanted pixels that meet the mesh whole; where they are more than RAYS, of an even share of every view's."""
+    subject = int(wanted.sum())
     random = np.random.default_rng(0)
-    parts = []
+    parts = [(np.zeros(0, np.int64), np.zeros((0, supersample**2), np.int32), np.zeros((0, supersample**2, 2), np.uint16))]
     for i, camera in enumerate(seen.cameras):
-        progress(0.3 * i / len(seen))
+        progress(i / len(seen))
+        pixels = np.flatnonzero(wanted[i])
+        if subject > RAYS:
+            pixels = pixels[random.random(len(pixels)) < RAYS / subject]
         fine = camera.scaled(supersample)
         screen, inverse = raster.project(cut.vertices, fine)
         _, triangle = raster.z_buffer(screen, inverse, cut.faces, fine.width, fine.height)
-        pixels = np.argwhere(clean[i])
-        if subject > RAYS:  # an even share of every view
-            pixels = pixels[random.random(len(pixels)) < RAYS / subject]
-        base, share, whole = _rays(
-            screen, inverse, cut.faces, triangle, uv.astype(np.float64), pixels, supersample, texture.shape[0], texture.shape[1]
-        )
-        pixels, base, share = pixels[whole], base[whole], share[whole]
-        parts.append((base, share, light[i][pixels[:, 0], pixels[:, 1]]))
-    base = np.concatenate([part[0] for part in parts])
-    share = np.concatenate([part[1] for part in parts])
-    target = np.concatenate([part[2] for part in parts])
-    # An error of light counts by how much it changes the sRGB value
-    weight = (1 / (target + 0.02) ** (2 * (1 - 1 / 2.4))).astype(np.float32)
-    order = np.argsort(base[..., 0].ravel(), kind="stable")
-    rows = np.searchsorted(base[..., 0].ravel()[order], np.arange(texture.shape[0] + 1))
-    reached = _scatter(weight, base, share, order, rows, texture.shape)
-    texture = np.ascontiguousarray(texture, np.float32)
-    for sweep in range(SWEEPS):
-        progress(0.3 + 0.7 * sweep / SWEEPS)
-        error = (target - _gather(texture, base, share)) * weight
-        step = _scatter(error, base, share, order, rows, texture.shape)
-        texture = np.clip(texture + np.where(reached > 0, 1.5 * step / np.maximum(reached, 1e-6), 0), 0, 1).astype(np.float32)
-    return texture
+        texel, share, whole = _lookups(screen, inverse, cut.faces, triangle, uv.astype(np.float64), pixels, supersample, size)
+        parts.append((pixels[whole] + i * wanted[i].size, texel[whole], share[whole]))
+    pixel, texel, share = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return _Rays(pixel, texel, share, *_by_row(texel.ravel(), size))
 
 
-@njit(parallel=True, nogil=True, cache=True)
-def _rays(screen, inverse_depth, faces, triangle, uv, pixels, supersample, height, width):
-    """For each pixel's rays the first texel (row, column) and the shares of the next ones; whether all its rays meet the mesh."""
+@parallel_kernel
+def _lookups(screen, inverse_depth, faces, triangle, uv, pixels, supersample, size):
+    """For each pixel's rays the first texel and the shares of the next ones; whether all its rays meet the mesh."""
     count = supersample * supersample
-    base = np.zeros((len(pixels), count, 2), np.int32)
-    share = np.zeros((len(pixels), count, 2), np.float32)
+    width = triangle.shape[1] // supersample
+    texel = np.zeros((len(pixels), count), np.int32)
+    share = np.zeros((len(pixels), count, 2), np.uint16)
     whole = np.ones(len(pixels), np.bool_)
     for n in prange(len(pixels)):
         for ray in range(count):
-            y, x = pixels[n, 0] * supersample + ray // supersample, pixels[n, 1] * supersample + ray % supersample
+            y = pixels[n] // width * supersample + ray // supersample
+            x = pixels[n] % width * supersample + ray % supersample
             f = triangle[y, x]
             if f < 0:
                 whole[n] = False
@@ -279,42 +432,107 @@ def _rays(screen, inverse_depth, faces, triangle, uv, pixels, supersample, heigh
             wa, wb, wc = raster.barycentric(screen, inverse_depth, face, x + 0.5, y + 0.5)
             u = wa * uv[face[0], 0] + wb * uv[face[1], 0] + wc * uv[face[2], 0]
             v = wa * uv[face[0], 1] + wb * uv[face[1], 1] + wc * uv[face[2], 1]
-            base[n, ray, 1], base[n, ray, 0], share[n, ray, 1], share[n, ray, 0] = raster.texel_taps(u, v, width, height)
-    return base, share, whole
+            column, row, right, lower = raster.texel_taps(u, v, size, size)
+            texel[n, ray] = row * size + column
+            share[n, ray, 0], share[n, ray, 1] = np.uint16(lower * 65535 + 0.5), np.uint16(right * 65535 + 0.5)
+    return texel, share, whole
 
 
-@njit(parallel=True, nogil=True, cache=True)
-def _gather(texture, base, share):
-    """The pixels that a texture makes."""
-    count = base.shape[1]
-    pixels = np.zeros((len(base), 3), np.float32)
-    for n in prange(len(base)):
+@kernel
+def _by_row(texel, size):
+    """The rays' numbers sorted by the row of their texel, stably, and where each row begins."""
+    rows = np.zeros(size + 1, np.int64)
+    for n in range(len(texel)):
+        rows[texel[n] // size + 1] += 1
+    for row in range(size):
+        rows[row + 1] += rows[row]
+    cursor = rows[:-1].copy()
+    order = np.empty(len(texel), np.int32)
+    for n in range(len(texel)):
+        row = texel[n] // size
+        order[cursor[row]] = n
+        cursor[row] += 1
+    return order, rows
+
+
+def _solve(
+    texture: Float[np.ndarray, "h w 3"],
+    rays: _Rays,
+    values: Float[np.ndarray, "v h w 3"],
+    most: float,
+    encoded: bool,
+    sweeps: int,
+    progress: Callable[[float], None],
+) -> Float[np.ndarray, "h w 3"]:
+    """The texture whose lookups differ least from the pixels' values (SIRT: Gilbert 1972), from the given one.
+
+    Each sweep spreads the pixels' errors back over the texels that they looked up. What no ray meets stays as it was. `encoded`: values are
+    light in [0, most], and an error counts by how much it changes the sRGB value; otherwise they are [-most, most], as they are.
+    """
+    if len(rays.pixel) == 0:
+        return texture
+    target = values.reshape(-1, 3)[rays.pixel]
+    weight = (1 / (target + 0.02) ** (2 * (1 - 1 / 2.4))).astype(np.float32) if encoded else np.ones_like(target)
+    texture = np.array(texture, np.float32, order="C")
+    reached = np.zeros_like(texture)
+    least = 0.0 if encoded or values.min() >= 0 else -most
+    lookups = rays.texel, rays.share
+    for sweep in range(sweeps + 1):  # the first counts what reaches each texel
+        progress(sweep / (sweeps + 1))
+        error = weight if sweep == 0 else _errors(texture, target, weight, *lookups)
+        _correct(texture, reached, error, *lookups, rays.order, rays.rows, np.float32(least), np.float32(most), sweep == 0)
+    return texture
+
+
+@parallel_kernel
+def _errors(texture, target, weight, texel, share):
+    """What the texture's pixels lack, weighted."""
+    count, width = texel.shape[1], texture.shape[1]
+    error = np.empty((len(texel), 3), np.float32)
+    for n in prange(len(texel)):
+        red, green, blue = np.float32(0), np.float32(0), np.float32(0)
         for ray in range(count):
-            r, c = base[n, ray]
-            b, a = share[n, ray]
-            for k in range(3):
-                top = texture[r, c, k] * (1 - a) + texture[r, c + 1, k] * a
-                bottom = texture[r + 1, c, k] * (1 - a) + texture[r + 1, c + 1, k] * a
-                pixels[n, k] += (top * (1 - b) + bottom * b) / count
-    return pixels
+            r, c = texel[n, ray] // width, texel[n, ray] % width
+            b, a = share[n, ray, 0] * np.float32(1 / 65535), share[n, ray, 1] * np.float32(1 / 65535)
+            one = np.float32(1)
+            p, q, s, t = (one - b) * (one - a), (one - b) * a, b * (one - a), b * a
+            red += p * texture[r, c, 0] + q * texture[r, c + 1, 0] + s * texture[r + 1, c, 0] + t * texture[r + 1, c + 1, 0]
+            green += p * texture[r, c, 1] + q * texture[r, c + 1, 1] + s * texture[r + 1, c, 1] + t * texture[r + 1, c + 1, 1]
+            blue += p * texture[r, c, 2] + q * texture[r, c + 1, 2] + s * texture[r + 1, c, 2] + t * texture[r + 1, c + 1, 2]
+        error[n, 0] = (target[n, 0] - red / count) * weight[n, 0]
+        error[n, 1] = (target[n, 1] - green / count) * weight[n, 1]
+        error[n, 2] = (target[n, 2] - blue / count) * weight[n, 2]
+    return error
 
 
-@njit(parallel=True, nogil=True, cache=True)
-def _scatter(pixels, base, share, order, rows, shape):
-    """The transpose of `_gather`. Each texture row is summed by one thread in one order: the result does not depend on their number."""
-    texture = np.zeros(shape, np.float32)
-    count = base.shape[1]
-    for row in prange(shape[0]):
+@parallel_kernel
+def _correct(texture, reached, error, texel, share, order, rows, least, most, counting):
+    """Spreads errors over the texels that were looked up and corrects these by the mean that reaches them; or counts what would reach them.
+
+    Each texture row is summed by one thread in one order: the result does not depend on their number.
+    """
+    height, width = texture.shape[:2]
+    count = texel.shape[1]
+    for row in prange(height):
+        total = np.zeros((width, 3), np.float32)
         for lower in range(2):  # rays whose first texel is in this row, and those whose second is
             first = row - lower
             if first < 0:
                 continue
             for slot in range(rows[first], rows[first + 1]):
                 n, ray = order[slot] // count, order[slot] % count
-                c = base[n, ray, 1]
-                b, a = share[n, ray]
-                w = (b if lower else 1 - b) / count
+                c = texel[n, ray] - first * width
+                b, a = share[n, ray, 0] * np.float32(1 / 65535), share[n, ray, 1] * np.float32(1 / 65535)
+                w = (b if lower else np.float32(1) - b) / np.float32(count)
+                left, right = w * (np.float32(1) - a), w * a
                 for k in range(3):
-                    texture[row, c, k] += pixels[n, k] * w * (1 - a)
-                    texture[row, c + 1, k] += pixels[n, k] * w * a
-    return texture
+                    total[c, k] += error[n, k] * left
+                    total[c + 1, k] += error[n, k] * right
+        if counting:
+            reached[row] = total
+        else:
+            for c in range(width):
+                for k in range(3):
+                    if reached[row, c, k] > 0:
+                        step = np.float32(1.5) * total[c, k] / max(reached[row, c, k], np.float32(1e-6))
+                        texture[row, c, k] = min(max(texture[row, c, k] + step, least), most)

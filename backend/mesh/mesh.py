@@ -23,3 +23,10 @@ class TexturedMesh:
     uv: Float[np.ndarray, "n 2"]  # float32 in [0, 1], origin at the picture's lower left, as in Blender
     faces: Int[np.ndarray, "f 3"]  # int32
     base_color: UInt8[np.ndarray, "h w 3"]  # sRGB, row 0 at the top
+    opacity: UInt8[np.ndarray, "h w"] | None = None  # None: opaque all over
+    material: UInt8[np.ndarray, "h w 2"] | None = None  # roughness and metallic in 255ths
+    normal_map: UInt8[np.ndarray, "h w 3"] | None = None  # tangent space, +Y up, as Blender and glTF mean it; needs `tangents`
+    emission: UInt8[np.ndarray, "h w 3"] | None = None  # sRGB; its light times `emission_strength` is what is given off
+    emission_strength: float = 1.0  # at least 1
+    tangents: Float[np.ndarray, "n 4"] | None = None  # float32; w: the bitangent's sign (tangents.py)
+    texels_seen: float | None = None  # share of the charts' texels that some view saw

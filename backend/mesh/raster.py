@@ -7,10 +7,11 @@ number of threads. Interpolation is perspective-correct: 1 / depth is linear on 
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float, Int
-from numba import njit, prange
+from jaxtyping import Bool, Float, Int
+from numba import prange
 
 from backend.mesh.mesh import Mesh, TexturedMesh
+from backend.splats.parallel import kernel, parallel_kernel
 from backend.views.cameras import Camera
 
 BAND = 8  # rows that one thread fills at a time
@@ -43,6 +44,43 @@ def render(
     return color.astype(np.float32), alpha
 
 
+def sample(
+    mesh: TexturedMesh, camera: Camera, texture: Float[np.ndarray, "th tw c"]
+) -> tuple[Float[np.ndarray, "h w c"], Bool[np.ndarray, "h w"]]:
+    """What each pixel's centre sees of a texture laid on the mesh, looked up bilinearly, and where the mesh is."""
+    screen, inverse_depth = project(mesh.vertices, camera)
+    _, triangle = z_buffer(screen, inverse_depth, mesh.faces, camera.width, camera.height)
+    values, alpha = _shade(screen, inverse_depth, mesh.faces, triangle, mesh.uv.astype(np.float64), np.asarray(texture, np.float32), 1)
+    return values, alpha > 0
+
+
+def normals(mesh: TexturedMesh, camera: Camera) -> tuple[Float[np.ndarray, "h w 3"], Bool[np.ndarray, "h w"]]:
+    """The shading normal that each pixel's centre sees, unit length, world axes, by the normal map if there is one; where the mesh is."""
+    screen, inverse_depth = project(mesh.vertices, camera)
+    _, triangle = z_buffer(screen, inverse_depth, mesh.faces, camera.width, camera.height)
+    place = np.argwhere(triangle >= 0)
+    face = mesh.faces[triangle[place[:, 0], place[:, 1]]]
+    weights = corner_weights(screen, inverse_depth, face, place)
+    if mesh.normal_map is None or mesh.tangents is None:
+        direction = (mesh.normals[face] * weights[..., None]).sum(1)
+    else:
+        mapped = sample(mesh, camera, mesh.normal_map / np.float32(127.5) - 1)[0][place[:, 0], place[:, 1]]
+        direction = (tangent_frame(mesh.normals, mesh.tangents, face, weights) * mapped[:, :, None]).sum(1)
+    found = np.zeros((*triangle.shape, 3), np.float32)
+    found[place[:, 0], place[:, 1]] = direction / np.maximum(np.linalg.norm(direction, axis=1, keepdims=True), 1e-12)
+    return found, triangle >= 0
+
+
+def tangent_frame(
+    normals: Float[np.ndarray, "n 3"], tangents: Float[np.ndarray, "n 4"], face: Int[np.ndarray, "t 3"], weights: Float[np.ndarray, "t 3"]
+) -> Float[np.ndarray, "t 3 3"]:
+    """Rows tangent, bitangent, normal at places of faces, neither unit length nor at right angles: what Cycles and glTF viewers multiply a
+    normal map with."""
+    normal, tangent = (normals[face] * weights[..., None]).sum(1), (tangents[face] * weights[..., None]).sum(1)
+    bitangent = np.cross(normal, tangent[:, :3]) * np.where(tangent[:, 3:] < 0, -1, 1)
+    return np.stack([tangent[:, :3], bitangent, normal], 1)
+
+
 def project(vertices: Float[np.ndarray, "n 3"], camera: Camera) -> tuple[Float[np.ndarray, "n 2"], Float[np.ndarray, "n"]]:
     """Pixel coordinates and 1 / depth; 1 / depth is 0 for what lies too near to the camera's plane to be drawn."""
     screen, z = camera.project(np.asarray(vertices, np.float64))
@@ -69,7 +107,7 @@ def srgb_from_linear(light):
     return np.where(light <= 0.0031308, light * 12.92, 1.055 * np.maximum(light, 0.0031308) ** (1 / 2.4) - 0.055).astype(np.float32)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _rows(screen, inverse_depth, face, width, height):
     """The first and last row whose centres a face can cover; first > last if it covers none."""
     a, b, c = face
@@ -86,7 +124,7 @@ def _rows(screen, inverse_depth, face, width, height):
     return max(0, int(np.ceil(top - 0.5 - EDGE))), min(height - 1, int(np.floor(bottom - 0.5 + EDGE)))
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _bin(screen, inverse_depth, faces, width, height):
     """Faces listed by band of rows, in their own order within a band."""
     bands = (height + BAND - 1) // BAND
@@ -109,7 +147,7 @@ def _bin(screen, inverse_depth, faces, width, height):
     return order, starts
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _span(screen, face, sign, y, width):
     """First and last column whose centres lie in the face on the row at height y."""
     low, high = -0.5, width - 0.5
@@ -126,14 +164,14 @@ def _span(screen, face, sign, y, width):
     return max(0, int(np.ceil(low - 0.5))), min(width - 1, int(np.floor(high - 0.5)))
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _area(screen, face):
     """Twice the signed area on the screen."""
     a, b, c = face
     return (screen[b, 0] - screen[a, 0]) * (screen[c, 1] - screen[a, 1]) - (screen[b, 1] - screen[a, 1]) * (screen[c, 0] - screen[a, 0])
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@parallel_kernel
 def _fill(screen, inverse_depth, faces, order, starts, width, height):
     inverse = np.zeros((height, width))
     triangle = np.full((height, width), np.int32(-1))
@@ -162,7 +200,7 @@ def _fill(screen, inverse_depth, faces, order, starts, width, height):
     return inverse, triangle
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def barycentric(screen, inverse_depth, face, x, y):
     """Perspective-correct weights of a face's corners at a place on the screen."""
     a, b, c = face
@@ -176,7 +214,16 @@ def barycentric(screen, inverse_depth, face, x, y):
     return wa / total, wb / total, wc / total
 
 
-@njit(nogil=True, cache=True)
+@kernel
+def corner_weights(screen, inverse_depth, faces, place):
+    """Perspective-correct weights of each place's face's corners; place: row and column of a pixel, whose centre is meant."""
+    weights = np.empty((len(place), 3))
+    for t in range(len(place)):
+        weights[t, 0], weights[t, 1], weights[t, 2] = barycentric(screen, inverse_depth, faces[t], place[t, 1] + 0.5, place[t, 0] + 0.5)
+    return weights
+
+
+@kernel
 def texel_taps(u, v, width, height):
     """The four texels around a place in a texture, as columns, rows (row 0 at the top) and the share of the second of each."""
     x = min(max(u * width - 0.5, 0.0), width - 1.0)
@@ -185,10 +232,11 @@ def texel_taps(u, v, width, height):
     return column, row, x - column, y - row
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@parallel_kernel
 def _shade(screen, inverse_depth, faces, triangle, uv, texture, supersample):
     height, width = triangle.shape[0] // supersample, triangle.shape[1] // supersample
-    light = np.zeros((height, width, 3), np.float32)
+    channels = texture.shape[2]
+    light = np.zeros((height, width, channels), np.float32)
     alpha = np.zeros((height, width), np.float32)
     share = np.float32(1 / supersample**2)
     for row in prange(height):
@@ -203,7 +251,7 @@ def _shade(screen, inverse_depth, faces, triangle, uv, texture, supersample):
                 u = wa * uv[face[0], 0] + wb * uv[face[1], 0] + wc * uv[face[2], 0]
                 v = wa * uv[face[0], 1] + wb * uv[face[1], 1] + wc * uv[face[2], 1]
                 tx, ty, fx, fy = texel_taps(u, v, texture.shape[1], texture.shape[0])
-                for k in range(3):
+                for k in range(channels):
                     top = texture[ty, tx, k] * (1 - fx) + texture[ty, tx + 1, k] * fx
                     bottom = texture[ty + 1, tx, k] * (1 - fx) + texture[ty + 1, tx + 1, k] * fx
                     light[row, column, k] += np.float32(top * (1 - fy) + bottom * fy) * share

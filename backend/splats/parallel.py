@@ -24,12 +24,16 @@ import numpy as np
 THREADS = numba.config.NUMBA_NUM_THREADS  # the cores this process may use; the environment variable of that name overrides
 
 
-def _cache_folder() -> Path:
-    """Numba knows a cached kernel by its own file's date, not by what it calls, so every state of the sources gets a folder of its own."""
+@cache
+def _cache_folder(room: Path) -> Path:
+    """Numba knows a cached kernel by its own file's date, not by what it calls, so every state of the sources gets a folder of its own.
+
+    A room is a folder of sources; kernels call kernels of their own room alone.
+    """
     sources = hashlib.sha256(numba.__version__.encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(room.glob("*.py")):
         source = path.read_bytes()
-        if b"@kernel" in source or b"@intrinsic" in source:
+        if any(mark in source for mark in (b"@kernel", b"@parallel_kernel", b"@intrinsic")):
             sources.update(source)
     name = f"kernels-{sources.hexdigest()[:16]}"
     if numba.config.CACHE_DIR:
@@ -50,16 +54,22 @@ def _cache_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="kiln-"))
 
 
-_FOLDER = str(_cache_folder())
+_FOLDER = str(_cache_folder(Path(__file__).parent))
 
 
-def kernel(function):
-    """Compiles `function` on first use: no GIL, no checks of indices and divisions, kept on disk."""
-    elsewhere, numba.config.CACHE_DIR = numba.config.CACHE_DIR, _FOLDER
+def kernel(function, parallel: bool = False):
+    """Compiles `function` on first use: no GIL, no checks of indices and divisions, kept on disk. `parallel`: numba's prange."""
+    folder = str(_cache_folder(Path(function.__code__.co_filename).parent))
+    elsewhere, numba.config.CACHE_DIR = numba.config.CACHE_DIR, folder
     try:
-        return numba.njit(function, nogil=True, cache=True, error_model="numpy", boundscheck=False)
+        return numba.njit(function, nogil=True, cache=True, error_model="numpy", boundscheck=False, parallel=parallel)
     finally:
         numba.config.CACHE_DIR = elsewhere
+
+
+def parallel_kernel(function):
+    """A `kernel` whose `prange` loops numba spreads over the cores."""
+    return kernel(function, parallel=True)
 
 
 @cache

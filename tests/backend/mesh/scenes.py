@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from backend.views.cameras import look_at
@@ -98,3 +100,30 @@ def waves(p):
 
 def grey(p):
     return np.full(p.shape, 0.5)
+
+
+def patches(p):
+    """Roughness, metallic and opacity that differ over the subject and change at once, 0 to 1."""
+    stripe = (np.sin(9 * p[..., 2]) > 0).astype(float)
+    return np.stack([0.3 + 0.5 * stripe, (p[..., 0] > 0.1).astype(float), np.ones(p.shape[:-1])], -1)
+
+
+def glow(p):
+    """Linear light up to 4, on one side alone."""
+    return np.maximum(p[..., 1:2], 0) * np.array([6.0, 3.0, 0.0])
+
+
+def bumps(p, normal):
+    """Normals of a surface with grooves too fine for the mesh, unit length."""
+    bent = normal + 0.5 * np.stack([np.sin(14 * p[..., 2]), np.zeros(p.shape[:-1]), np.cos(11 * p[..., 0])], -1)
+    return bent / np.maximum(np.linalg.norm(bent, axis=-1, keepdims=True), 1e-9)
+
+
+def with_passes(views: Views, material=patches, emission=None, normals=bumps) -> Views:
+    """Views with the passes that Blender would give, at pixels' centres, by functions of the place."""
+    hit = views.depth > 0
+    points = np.stack([camera.unproject(depth) for camera, depth in zip(views.cameras, views.depth, strict=True)])
+    surface = np.where(hit[..., None], np.round(material(points) * 255), 0).astype(np.uint8)
+    light = None if emission is None else np.where(hit[..., None], emission(points), 0).astype(np.float16)
+    bent = views.normals if normals is None else np.where(hit[..., None], normals(points, views.normals), 0).astype(np.float32)
+    return replace(views, material=surface, emission=light, normals=bent)

@@ -13,7 +13,7 @@ from backend.splats.model import SH_C0, Splats
 from backend.views.views import Views
 from protocol import recipes
 from protocol.errors import Cancelled
-from tests.backend.mesh.scenes import capture, sphere, torus, union, waves
+from tests.backend.mesh.scenes import capture, glow, grey, sphere, torus, union, waves, with_passes
 
 TEXTURE = recipes.Texture(size=256)
 BALL = trimesh.creation.icosphere(4, 0.6)
@@ -143,3 +143,117 @@ def test_a_mesh_cut_in_parts_is_the_same_surface():
     assert len(mesh.faces) > unwrap.PART
     assert np.array_equal(source[faces], mesh.faces)
     assert uv.min() >= 0 and uv.max() <= 1
+
+
+@pytest.fixture(scope="module")
+def full_views() -> Views:
+    return with_passes(capture(torus(0.6, 0.22), waves, size=96), emission=glow)
+
+
+@pytest.fixture(scope="module")
+def full(full_views):
+    return bake(as_mesh(RING), None, full_views, TEXTURE)
+
+
+def held_out(views):
+    return [(views.cameras[i], i) for i in np.flatnonzero(views.holdout)]
+
+
+def test_material_is_recovered_where_new_cameras_look(full, full_views):
+    errors = []
+    for camera, i in held_out(full_views):
+        found, there = raster.sample(full, camera, full.material / np.float32(255))
+        both = there & (full_views.depth[i] > 0)
+        errors.append(np.abs(found - full_views.material[i, ..., :2] / 255)[both].mean(0))
+    assert np.mean(errors, 0)[0] < 0.03 and np.mean(errors, 0)[1] < 0.03
+    assert full.opacity is None  # opaque all over
+
+
+def test_normals_are_finer_than_the_mesh(full, full_views):
+    def error(mesh):
+        angles = []
+        for camera, i in held_out(full_views):
+            found, there = raster.normals(mesh, camera)
+            both = there & (full_views.depth[i] > 0)
+            angles.append(np.degrees(np.arccos(np.clip((found * full_views.normals[i]).sum(-1)[both], -1, 1))).mean())
+        return np.mean(angles)
+
+    assert error(full) < 5
+    assert error(dataclasses.replace(full, normal_map=None)) > 15
+
+
+def test_emission_brighter_than_white_keeps_its_strength(full, full_views):
+    light = raster.linear_from_srgb(full.emission / np.float32(255)) * full.emission_strength
+    middle = full.vertices[full.faces].mean(1)
+    uv = full.uv[full.faces].mean(1)
+    found = light[((1 - uv[:, 1]) * 256).astype(int), (uv[:, 0] * 256).astype(int)]
+    assert full.emission_strength == pytest.approx(full_views.emission.max(), rel=0.05)
+    assert np.abs(found - glow(middle)).mean() < 0.05
+
+
+def test_what_is_given_off_nowhere_needs_no_map(full_views):
+    dark = dataclasses.replace(full_views, emission=np.zeros_like(full_views.emission), normals=None)
+    mesh = bake(as_mesh(RING), None, dark, TEXTURE)
+    assert mesh.emission is None and mesh.normal_map is None and mesh.tangents is None and mesh.material is not None
+
+
+def test_a_clear_half_is_told_from_an_opaque_one():
+    def glass(p):
+        return np.where(p[..., :1] > 0, np.array([0.1, 0.0, 0.4]), np.array([0.1, 0.0, 1.0]))
+
+    views = with_passes(capture(sphere(0.6), grey), glass)
+    clear = dataclasses.replace(
+        views, alpha=np.where(views.depth > 0, views.alpha * views.material[..., 2] / 255, views.alpha).astype(np.float32)
+    )
+    mesh = bake(as_mesh(BALL), None, clear, TEXTURE)
+    place = mesh.vertices[mesh.faces].mean(1)
+    uv = mesh.uv[mesh.faces].mean(1)
+    found = mesh.opacity[((1 - uv[:, 1]) * 256).astype(int), (uv[:, 0] * 256).astype(int)] / 255
+    assert np.abs(found[place[:, 0] > 0.1] - 0.4).max() < 0.03 and found[place[:, 0] < -0.1].min() > 0.97
+    assert np.abs(mesh.base_color.astype(int) - 128).max() <= 2
+
+
+def test_material_that_no_view_saw_is_that_of_the_nearest_place(full_views):
+    views = with_passes(
+        capture(sphere(0.6), grey), lambda p: np.where(p[..., 2:] < -0.3, np.array([0.9, 1.0, 1.0]), np.array([0.2, 0.0, 1.0]))
+    )
+    above = dataclasses.replace(views, holdout=np.array([camera.centre[2] < 1.0 for camera in views.cameras]))
+    mesh = bake(as_mesh(BALL), None, above, TEXTURE)
+    low = mesh.vertices[mesh.faces].mean(1)[:, 2] < -0.57  # the lowest camera sees down to -0.54
+    uv = mesh.uv[mesh.faces].mean(1)[low]
+    rows, columns = ((1 - uv[:, 1]) * 256).astype(int), (uv[:, 0] * 256).astype(int)
+    assert np.abs(mesh.material[rows, columns] / 255 - [0.9, 1.0]).max() < 0.02
+    assert np.abs(mesh.normal_map[rows, columns].astype(int) - [128, 128, 255]).max() <= 1
+    assert 0.8 < mesh.texels_seen < 1
+
+
+def test_maps_do_not_depend_on_the_number_of_threads(full, full_views):
+    import numba
+
+    before = numba.get_num_threads()
+    try:
+        numba.set_num_threads(1)
+        alone = bake(as_mesh(RING), None, full_views, TEXTURE)
+    finally:
+        numba.set_num_threads(before)
+    for name in ("base_color", "material", "normal_map", "emission"):
+        assert np.array_equal(getattr(alone, name), getattr(full, name)), name
+
+
+def test_faces_without_area_do_no_harm(full_views):
+    ring = as_mesh(RING)
+    point, line = [[0, 0, 0]], [[0, 1, 1]]
+    worse = Mesh(np.concatenate([ring.vertices, ring.vertices[:1]]), np.concatenate([ring.faces, point, line]).astype(np.int32))
+    mesh = bake(worse, None, full_views, TEXTURE)
+    assert len(mesh.faces) == len(worse.faces)
+    assert np.isfinite(mesh.normals).all() and np.isfinite(mesh.tangents).all() and np.isfinite(mesh.uv).all()
+    assert quality(mesh, full_views) > 30
+
+
+def test_views_that_show_nothing_give_a_plain_mesh(full_views):
+    empty = dataclasses.replace(full_views, alpha=np.zeros_like(full_views.alpha), depth=np.zeros_like(full_views.depth))
+    mesh = bake(as_mesh(RING), None, empty, TEXTURE)
+    assert mesh.texels_seen == 0 and not mesh.base_color.any()
+    away = dataclasses.replace(full_views, cameras=[camera.moved((0, 0, 50), 1) for camera in full_views.cameras])  # looks elsewhere
+    mesh = bake(as_mesh(RING), None, away, TEXTURE)
+    assert mesh.texels_seen == 0
