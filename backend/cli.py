@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -493,10 +492,7 @@ def _examine_device(note: Any) -> None:
     elif device["kind"] == "cuda" and driver:
         text += f"; {driver}"
     note("device", text, warning=warning)
-    if device["kind"] == "cuda":
-        _examine_gsplat(note)
-    else:
-        note("splats", "the CPU rasteriser (gsplat needs an NVIDIA GPU)")
+    _examine_engines(note)
     total, free = worker.main_memory()
     note(
         "memory",
@@ -505,16 +501,26 @@ def _examine_device(note: Any) -> None:
     )
 
 
-def _examine_gsplat(note: Any) -> None:
-    """gsplat brings its CUDA code as source unless its wheel was built for this torch; then the first job compiles it."""
-    if importlib.util.find_spec("gsplat") is None:
-        note("splats", "gsplat is not installed; the CPU fits", warning="Run `python build.py setup`.")
-    elif importlib.util.find_spec("gsplat.csrc") is not None:
+def _examine_engines(note: Any) -> None:
+    """What draws and fits splats: gsplat or NVIDIA Warp on an NVIDIA GPU, else the CPU."""
+    try:
+        from backend.splats import gpu
+    except ImportError as error:  # a package is missing; what the packages are like is told above
+        note("splats", f"cannot be loaded: {error}", "Run `python build.py setup`.")
+        return
+    if gpu.why_no_cuda():
+        note("splats", f"the CPU rasteriser ({gpu.why_no_cuda()})")
+        return
+    gsplat, warp = gpu.why_no_gsplat(), gpu.why_no_warp()
+    if gsplat and warp:
+        fix = "Update the NVIDIA driver, then set the backend up again; until then the CPU fits."
+        note("splats", f"the CPU rasteriser ({gsplat}; {warp})", warning=fix)
+    elif gsplat:
+        note("splats", f"NVIDIA Warp ({gsplat})")
+    elif gpu.gsplat_is_built():
         note("splats", "gsplat with its compiled CUDA code")
     else:
-        compiler = shutil.which("nvcc")
-        fix = "" if compiler else "Install a gsplat wheel that fits this torch, or the CUDA toolkit; until then the CPU fits."
-        note("splats", f"gsplat compiles its CUDA code at its first use; nvcc: {compiler or 'not found'}", warning=fix)
+        note("splats", "gsplat, which compiles its CUDA code at its first use, in some minutes")
 
 
 def _nvidia_driver() -> str:
