@@ -31,8 +31,9 @@ from pathlib import Path
 
 PYTHONS = ((3, 11), (3, 12), (3, 13))  # that every package of the backend has a ready-made wheel for
 PYTORCH = "https://download.pytorch.org/whl/"  # PyTorch's public index; below it a folder for each device
-# NVIDIA Warp, which draws and fits splats on a GPU without a compiler. Only where it runs: 149 MB to download, 392 MB on disk.
-WARP = "warp-lang==1.19.0"
+# NVIDIA Warp, which draws and fits splats on a GPU without a compiler. Only where it runs: 149 MB to download, 392 MB on disk. Its newest
+# wheels need CUDA 13 as PyTorch's do, and 1.17.0 is the last that brings CUDA 12.
+WARP, WARP_FOR_CUDA_12 = "warp-lang==1.19.0", "warp-lang==1.17.0"
 MARKER = "kiln-environment.json"  # what a finished environment was made from; "null" while it is being made
 CONSOLE = {"creationflags": subprocess.CREATE_NO_WINDOW} if sys.platform == "win32" else {}  # no window flashes up from Blender
 REPORT_EVERY = 0.2  # seconds
@@ -208,10 +209,10 @@ def torch_build() -> Torch:
         name, driver, capability = ([part.strip() for part in gpu.splitlines()[0].split(",")] + ["", ""])[:3]
         driver_major, capability = _number(driver), _number(capability)
         # Driver branches: NVIDIA's CUDA release notes. Architectures: PyTorch's release matrix (13.0 from Turing on, 12.6 up to Hopper).
-        if driver_major >= 580 and capability >= 7.5:  # Warp's wheel asks for the same
+        if driver_major >= 580 and capability >= 7.5:
             return Torch("cuda", PYTORCH + "cu130", 8.4, f"{name}, driver {driver}: CUDA 13.0", (WARP,))
         if driver_major >= 525 and 5.0 <= capability < 10.0:
-            return Torch("cuda", PYTORCH + "cu126", 8.0, f"{name}, driver {driver}: CUDA 12.6")
+            return Torch("cuda", PYTORCH + "cu126", 8.4, f"{name}, driver {driver}: CUDA 12.6", (WARP_FOR_CUDA_12,))
         why = f"{name} with driver {driver} fits no CUDA build (a driver from 580 on is needed; the card must be from 2014 or later): CPU"
         return Torch("cpu", PYTORCH + "cpu" if system == "Linux" else None, 2.0, why)
     if system == "Linux" and "gfx" in _answer(["rocminfo"]):

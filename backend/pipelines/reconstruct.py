@@ -8,6 +8,7 @@ from backend.mesh.bake import bake
 from backend.mesh.extract import extract
 from backend.pipelines.asset import Asset, measure
 from backend.pipelines.run import Run
+from backend.splats import gpu
 from backend.splats.fit import fit
 from backend.views.ball import ball
 from backend.views.views import Views, load
@@ -21,6 +22,7 @@ def reconstruct(run: Run, folder: Path, p: recipes.Reconstruct) -> Asset:
 
 
 def from_views(run: Run, views: Views, p: recipes.Reconstruct) -> Asset:
+    run.log(gpu.sentence(p.fit.device))
     splats = run.stage("Fit splats", fit, views, p.fit, p.seed)
     where_depth_is_missing = splats if views.depth is None else None  # exact depth places the surface better than any splat
     surface = run.stage("Extract surface", extract, where_depth_is_missing, views, p.surface)

@@ -128,7 +128,7 @@ def why_no_warp() -> str:
     import warp
 
     if not warp.is_cuda_available():
-        return f"NVIDIA Warp {warp.__version__} finds no GPU that it can use (it needs a driver from 580 on and a card from 2018 or later)"
+        return f"NVIDIA Warp {warp.__version__} finds no GPU that it can use: the driver may be too old"
     return ""
 
 
@@ -381,8 +381,7 @@ def fit_on_cuda(views: Views, p: recipes.Fit, seed: int, progress: Progress, sch
 
     engine = engine_for_this_gpu(progress)
     if engine is None:
-        if shared.runs_on_cuda(p.device):
-            raise AssertionError("an engine that failed is remembered")
+        shared.runs_on_cuda(p.device)  # refuses where the GPU was asked for
         progress(0.0, sentence(p.device))
         return shared._fit_on_cpu(views, p, seed, progress, schedule)
     try:

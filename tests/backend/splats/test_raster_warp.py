@@ -284,6 +284,6 @@ def test_neighbouring_threads_add_up_their_shares(tmp_path):
 
 def test_the_version_that_users_get_is_the_one_that_is_tested():
     """Users get it beside the lock file, where there is a GPU; a checkout gets it always, from its development lock."""
-    wanted = re.search(r'^WARP = "(.+)"$', (ROOT / "blender_addon" / "environment.py").read_text("utf-8"), re.MULTILINE)
+    wanted = re.search(r'^WARP, WARP_FOR_CUDA_12 = "(.+?)"', (ROOT / "blender_addon" / "environment.py").read_text("utf-8"), re.MULTILINE)
     tested = re.search(r"^(warp-lang==\S+)", (ROOT / "requirements" / "development.txt").read_text("utf-8"), re.MULTILINE)
     assert wanted[1] == tested[1]
