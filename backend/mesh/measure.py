@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import trimesh
 from jaxtyping import Float
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 
 from backend.mesh import raster
-from backend.mesh.mesh import Mesh
+from backend.mesh.mesh import Mesh, TexturedMesh
 from backend.views.cameras import look_at
 from protocol.errors import KilnError
 
@@ -24,6 +26,23 @@ def psnr(a: Float[np.ndarray, "h w 3"], b: Float[np.ndarray, "h w 3"]) -> float:
     """Peak signal-to-noise ratio in dB over all pixels and channels, peak 1; at most CEILING, which equal pictures get."""
     error = float(np.mean((np.asarray(a, np.float64) - np.asarray(b, np.float64)) ** 2))
     return CEILING if error == 0 else min(CEILING, float(-10 * np.log10(error)))
+
+
+def charts(mesh: TexturedMesh) -> tuple[int, float]:
+    """How many UV charts there are, and the share of the texture's pixels whose centres they cover."""
+    ends = mesh.faces[:, [0, 1, 1, 2]].reshape(-1, 2)
+    graph = coo_matrix((np.ones(len(ends), bool), ends.T), shape=(len(mesh.vertices), len(mesh.vertices)))
+    label = connected_components(graph, directed=False)[1]
+    height, width = mesh.base_color.shape[:2]
+    screen = np.stack([mesh.uv[:, 0].astype(np.float64) * width, (1 - mesh.uv[:, 1].astype(np.float64)) * height], 1)
+    covered = raster.z_buffer(screen, np.ones(len(screen)), mesh.faces, width, height)[1] >= 0
+    return len(np.unique(label[mesh.faces[:, 0]])), float(covered.mean())
+
+
+def angle(a: Float[np.ndarray, "n 3"], b: Float[np.ndarray, "n 3"]) -> float:
+    """Mean angle between directions of any length, degrees."""
+    cosine = (a * b).sum(1) / np.maximum(np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1), 1e-12)
+    return float(np.degrees(np.arccos(np.clip(cosine, -1, 1))).mean())
 
 
 def score(mesh_path: Path | str, source_path: Path | str) -> dict[str, float | int | bool]:

@@ -32,13 +32,19 @@ def render(
     """The unlit texture as the camera sees it (float32, sRGB, on `background`), and its coverage.
 
     Each pixel is the mean of supersample^2 rays through a bilinear texture. As in Blender, light is averaged in linear values and encoded
-    to sRGB afterwards; the background is put behind in sRGB, as a viewer does with a straight-alpha PNG.
+    to sRGB afterwards; the background is put behind in sRGB, as a viewer does with a straight-alpha PNG. Behind a clear surface nothing is
+    drawn.
     """
     fine = camera.scaled(supersample)
     screen, inverse_depth = project(mesh.vertices, fine)
     _, triangle = z_buffer(screen, inverse_depth, mesh.faces, fine.width, fine.height)
     texture = linear_from_srgb(np.arange(256, dtype=np.float32) / 255)[mesh.base_color]
+    if mesh.opacity is not None:
+        cover = mesh.opacity[..., None] / np.float32(255)
+        texture = np.concatenate([texture * cover, cover], 2)
     light, alpha = _shade(screen, inverse_depth, mesh.faces, triangle, mesh.uv.astype(np.float64), texture, supersample)
+    if mesh.opacity is not None:
+        light, alpha = light[..., :3], light[..., 3]
     straight = srgb_from_linear(light / np.maximum(alpha, 1e-9)[..., None])
     color = straight * alpha[..., None] + np.asarray(background, np.float32) * (1 - alpha[..., None])
     return color.astype(np.float32), alpha

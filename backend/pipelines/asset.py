@@ -13,10 +13,10 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from backend.mesh import glb, raster
-from backend.mesh.measure import psnr
+from backend.mesh.measure import angle, charts, psnr
 from backend.mesh.mesh import TexturedMesh
 from backend.progress import Progress, silent
-from backend.splats import ply
+from backend.splats import ply, spz
 from backend.splats.model import Splats
 from backend.splats.render import render
 from backend.views.cameras import look_at
@@ -31,7 +31,9 @@ class Scores:
     """Figures and a picture of a result. `figures` is documented in SPEC.md, "report.json"."""
 
     figures: dict[str, Any]
-    comparison: UInt8[np.ndarray, "h w 3"]  # rows: views, splats, mesh
+    comparison: UInt8[
+        np.ndarray, "h w 3"
+    ]  # rows: views, splats, mesh; of the mesh, if it has them, normals, and roughness (green) with metallic (blue)
     preview: UInt8[np.ndarray, "h w 4"]  # the mesh from the front and a little from above, straight alpha
 
 
@@ -44,9 +46,11 @@ class Asset:
     report: dict[str, Any]
 
     def save(self, folder: Path) -> None:
-        """mesh.glb (metres, Y up), splats.ply (3DGS layout, metres, Z up), report.json, comparison.png, preview.png: every result."""
+        """Every result: mesh.glb (metres, Y up), splats.ply (3DGS layout, metres, Z up), splats.spz (metres, Y up), report.json,
+        comparison.png, preview.png."""
         glb.save(folder / "mesh.glb", self.mesh, self.frame, "mesh")
         ply.save(folder / "splats.ply", self.splats, self.frame)
+        spz.save(folder / "splats.spz", self.splats, self.frame)
         Image.fromarray(self.scores.comparison).save(folder / "comparison.png")
         Image.fromarray(self.scores.preview).save(folder / "preview.png")
         report = {**self.report, **self.scores.figures}
@@ -54,14 +58,15 @@ class Asset:
 
 
 def measure(mesh: TexturedMesh, splats: Splats, views: Views, progress: Progress = silent) -> Scores:
-    """Renders splats and mesh from the held-out cameras and compares.
+    """Renders splats and mesh from the held-out cameras and compares, the mesh's maps too where the views have such passes.
 
     PSNR is the mean over held-out views of each view's PSNR, whole image, sRGB values, on black (and on white). Without held-out views
     the figures are null and the comparison shows views that the fit has seen.
     """
     scored = np.flatnonzero(views.holdout) if views.holdout.any() else np.arange(min(len(views), SHOWN))
-    rows: dict[str, list[np.ndarray]] = {"views": [], "splats": [], "mesh": []}
+    rows: dict[str, list[np.ndarray]] = {"views": [], "splats": [], "mesh": [], "normals": [], "material": []}
     errors: dict[str, list[float]] = {"splats_psnr": [], "splats_psnr_white": [], "mesh_psnr": [], "mesh_psnr_white": []}
+    errors |= {"roughness_error": [], "metallic_error": [], "normal_error": []}
     for number, index in enumerate(scored):
         progress(number / len(scored), f"view {number + 1} of {len(scored)}")
         camera, alpha = views.cameras[index], views.alpha[index]
@@ -73,16 +78,46 @@ def measure(mesh: TexturedMesh, splats: Splats, views: Views, progress: Progress
             errors[f"{name}_psnr_white"].append(psnr(color + (1 - cover[..., None]), truth + (1 - alpha[..., None])))
             if number < SHOWN:
                 rows[name].append(color + PAPER * (1 - cover[..., None]))
+        map_errors, pictures = _compare_maps(mesh, views, int(index))
+        for name, error in map_errors.items():
+            errors[name].append(error)
+        for name, picture in pictures.items():
+            if number < SHOWN:
+                rows[name].append(picture)
         if number < SHOWN:
             rows["views"].append(truth + PAPER * (1 - alpha[..., None]))
+    count, use = charts(mesh)
     figures: dict[str, Any] = {
         "views": int((~views.holdout).sum()),
         "holdout_views": int(views.holdout.sum()),
         "splats": len(splats),
         "faces": len(mesh.faces),
-        **{name: round(float(np.mean(values)), 3) if views.holdout.any() else None for name, values in errors.items()},
+        "charts": count,
+        "texture_use": round(use, 4),
+        "texels_seen": None if mesh.texels_seen is None else round(mesh.texels_seen, 4),
+        **{name: round(float(np.mean(values)), 4) if views.holdout.any() and values else None for name, values in errors.items()},
     }
-    return Scores(figures, _sheet(list(rows.values())), _preview(mesh))
+    return Scores(figures, _sheet([row for row in rows.values() if row]), _preview(mesh))
+
+
+def _compare_maps(mesh: TexturedMesh, views: Views, index: int) -> tuple[dict[str, float], dict[str, Float[np.ndarray, "h w 3"]]]:
+    """Mean errors of the mesh's maps against a view's passes, at pixels' centres where both have a surface, and pictures of the maps."""
+    camera, errors, pictures = views.cameras[index], {}, {}
+    if views.normals is not None:
+        found, there = raster.normals(mesh, camera)
+        both = there & (views.normals[index] != 0).any(-1)
+        if both.any():
+            errors["normal_error"] = angle(found[both], views.normals[index][both])
+        if mesh.normal_map is not None:
+            pictures["normals"] = np.where(there[..., None], found / 2 + 0.5, PAPER)
+    if views.material is not None and mesh.material is not None:
+        surface, there = raster.sample(mesh, camera, mesh.material / np.float32(255))
+        both = there & (views.material[index, ..., 2] > 0)
+        if both.any():
+            error = np.abs(surface[both] - views.material[index, ..., :2][both] / 255).mean(0)
+            errors |= {"roughness_error": float(error[0]), "metallic_error": float(error[1])}
+        pictures["material"] = np.where(there[..., None], np.dstack([np.zeros_like(surface[..., 0]), surface]), PAPER)
+    return errors, pictures
 
 
 def _preview(mesh: TexturedMesh) -> UInt8[np.ndarray, "h w 4"]:
