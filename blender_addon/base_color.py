@@ -26,10 +26,11 @@ def shown(materials: Iterable[bpy.types.Material], bare: Iterable[bpy.types.Obje
     with ExitStack() as undo:
         undo.callback(lambda: [bpy.data.node_groups.remove(copy) for copy in groups.values()])
         for material in materials:
-            if _has_nodes(material):
+            if has_nodes(material):
                 undo.enter_context(_unlit(material, groups))
             else:
-                undo.enter_context(_replaced(material))
+                stand_in = undo.enter_context(plain((*material.diffuse_color[:3], 1.0)))
+                undo.enter_context(swapped(material, stand_in))
         bare = list(bare)
         if bare:
             grey = undo.enter_context(plain(GREY))
@@ -43,7 +44,7 @@ def plain(color: tuple[float, float, float, float]) -> Iterator[bpy.types.Materi
     """A temporary material that emits one linear colour."""
     material = bpy.data.materials.new("Kiln plain")
     try:
-        if not _has_nodes(material):
+        if not has_nodes(material):
             material.use_nodes = True
         tree = material.node_tree
         tree.nodes.clear()
@@ -56,20 +57,19 @@ def plain(color: tuple[float, float, float, float]) -> Iterator[bpy.types.Materi
         bpy.data.materials.remove(material)
 
 
-def _has_nodes(material: bpy.types.Material) -> bool:
+def has_nodes(material: bpy.types.Material) -> bool:
     # From 5.0 on every material has nodes, and the property only warns that it will go.
     return material.node_tree is not None and (bpy.app.version >= (5, 0, 0) or material.use_nodes)
 
 
 @contextmanager
-def _replaced(material: bpy.types.Material) -> Iterator[None]:
-    """A material without nodes shows its viewport colour; turning nodes on would leave it a tree, so it is swapped instead."""
-    with plain((*material.diffuse_color[:3], 1.0)) as stand_in:
-        material.user_remap(stand_in)
-        try:
-            yield
-        finally:
-            stand_in.user_remap(material)
+def swapped(material: bpy.types.Material, stand_in: bpy.types.Material) -> Iterator[None]:
+    """A material without nodes shows its viewport colour; turning nodes on would leave it a tree, so another takes its place instead."""
+    material.user_remap(stand_in)
+    try:
+        yield
+    finally:
+        stand_in.user_remap(material)
 
 
 @contextmanager
@@ -107,22 +107,14 @@ def _parts(thing: bpy.types.Object) -> Iterable:
 
 
 @contextmanager
-def _unlit(material: bpy.types.Material, groups: dict) -> Iterator[None]:
-    tree = material.node_tree
+def borrowed(tree: bpy.types.NodeTree) -> Iterator[list[bpy.types.Node]]:
+    """Nodes added to the yielded list (`new_node` does) are gone afterwards; selection, active node and active output are as they were."""
     ours = []
     active = tree.nodes.active
     selected = [node for node in tree.nodes if node.select]
     cycles_outputs = [n for n in tree.nodes if n.bl_idname == "ShaderNodeOutputMaterial" and n.target == "CYCLES" and n.is_active_output]
     try:
-        old = tree.get_output_node("CYCLES")
-        surface = _origin(old.inputs["Surface"]) if old else None
-        if surface is not None:
-            output = _new(tree, "ShaderNodeOutputMaterial", ours)
-            output.target = "CYCLES"  # wins over outputs for all engines, and EEVEE keeps its own
-            output.is_active_output = True
-            tree.links.new(_Twins(tree, ours, groups).of(surface), output.inputs["Surface"])
-            _feed(tree, old.inputs["Displacement"], output.inputs["Displacement"], value=False)
-        yield
+        yield ours
     finally:
         for node in ours:
             tree.nodes.remove(node)
@@ -133,14 +125,29 @@ def _unlit(material: bpy.types.Material, groups: dict) -> Iterator[None]:
         tree.nodes.active = active
 
 
-def _new(tree: bpy.types.NodeTree, kind: str, ours: list) -> bpy.types.Node:
+@contextmanager
+def _unlit(material: bpy.types.Material, groups: dict) -> Iterator[None]:
+    tree = material.node_tree
+    with borrowed(tree) as ours:
+        old = tree.get_output_node("CYCLES")
+        surface = origin(old.inputs["Surface"]) if old else None
+        if surface is not None:
+            output = new_node(tree, "ShaderNodeOutputMaterial", ours)
+            output.target = "CYCLES"  # wins over outputs for all engines, and EEVEE keeps its own
+            output.is_active_output = True
+            tree.links.new(_Twins(tree, ours, groups).of(surface), output.inputs["Surface"])
+            _feed(tree, old.inputs["Displacement"], output.inputs["Displacement"], value=False)
+        yield
+
+
+def new_node(tree: bpy.types.NodeTree, kind: str, ours: list) -> bpy.types.Node:
     node = tree.nodes.new(kind)
     node.select = False
     ours.append(node)
     return node
 
 
-def _origin(socket: bpy.types.NodeSocket) -> bpy.types.NodeSocket | None:
+def origin(socket: bpy.types.NodeSocket) -> bpy.types.NodeSocket | None:
     """The output that feeds an input, through reroutes and muted nodes; None where nothing does."""
     while True:
         links = [link for link in socket.links if not link.is_muted and link.is_valid]
@@ -217,10 +224,10 @@ class _Twins:
         return self._with_alpha(self._emission(color), node.inputs.get("Alpha"))
 
     def _new(self, kind: str) -> bpy.types.Node:
-        return _new(self.tree, kind, self.ours)
+        return new_node(self.tree, kind, self.ours)
 
     def _connect(self, old: bpy.types.NodeSocket, new: bpy.types.NodeSocket) -> None:
-        shader = _origin(old)
+        shader = origin(old)
         if shader is not None:
             self.tree.links.new(self.of(shader), new)
 

@@ -1,4 +1,8 @@
-"""Pictures of the selected subject from known cameras: colour with soft alpha, exact depth and normals, in SPEC.md's "Views" layout.
+"""Pictures of the selected subject from known cameras: colour with soft alpha, exact depth, normals and material, in SPEC.md's "Views"
+layout.
+
+Depth, normals and material come from one more render, at one sample through each pixel's centre, and show the nearest surface along that
+ray whose opacity is at least a tenth (`material_passes.OPAQUE`): holes of cut-out leaves are none, a pane of glass is one.
 
 Every step builds a temporary scene, renders in it, and takes it away again, so that between two steps the user's file holds nothing of
 ours: undo, save and autosave may come at any moment. The subject's own objects are linked into that scene, and Blender's dependency graph
@@ -22,7 +26,7 @@ import bpy
 import numpy as np
 from mathutils import Matrix, Quaternion, Vector
 
-from . import base_color, exr
+from . import base_color, exr, material_passes
 from .protocol import recipes
 from .protocol.errors import KilnError
 
@@ -500,6 +504,7 @@ def _cycles(scene: bpy.types.Scene, samples: int, bounces: bool, filter_width: f
     cycles.pixel_filter_type = "BOX" if filter_width < 0.1 else "BLACKMAN_HARRIS"
     cycles.filter_width = filter_width
     cycles.transparent_max_bounces = max(cycles.transparent_max_bounces, 64)  # leaves and hair stand many deep
+    cycles.min_transparent_bounces = cycles.transparent_max_bounces  # else rays end by chance before they are through
     cycles.use_denoising = bounces
     if not bounces:
         cycles.max_bounces = 0
@@ -515,7 +520,7 @@ def _colors(scene: bpy.types.Scene, subject: Subject, p: recipes.Capture, evalua
         if p.color == "base_color":
             _cycles(scene, p.samples, bounces=False, filter_width=1.5)
             scene.world = undo.enter_context(_white_world())
-            materials = [material for material in bpy.data.materials if material.session_uid in evaluated.materials]
+            materials = _materials(evaluated)
             bare = [thing for thing in bpy.data.objects if thing.session_uid in evaluated.bare]
             if not materials:
                 scene.view_layers[LAYER].material_override = undo.enter_context(base_color.plain(base_color.GREY))
@@ -532,15 +537,25 @@ def _colors(scene: bpy.types.Scene, subject: Subject, p: recipes.Capture, evalua
 
 
 @contextmanager
-def _geometry(scene: bpy.types.Scene, p: recipes.Capture) -> Iterator[None]:
-    """The scene set to render depth and normals through the pixels' centres into multilayer EXR files, materials untouched."""
+def _data(scene: bpy.types.Scene, p: recipes.Capture, evaluated: _Evaluated) -> Iterator[None]:
+    """The scene set to render depth, normals and material through the pixels' centres into multilayer EXR files."""
     _common_settings(scene, p.size)
     _picture_format(scene, "OPEN_EXR_MULTILAYER")
     _cycles(scene, samples=1, bounces=False, filter_width=0.01)
     scene.world = None
     layer = scene.view_layers[LAYER]
-    layer.use_pass_z = layer.use_pass_normal = True
-    yield
+    layer.use_pass_z = True
+    layer.use_pass_normal = p.geometry
+    with material_passes.shown(_materials(evaluated), layer, channels=_wants_materials(p)):
+        yield
+
+
+def _wants_materials(p: recipes.Capture) -> bool:
+    return p.materials and p.color == "base_color"  # lit pictures show no base colour that the other channels could go with
+
+
+def _materials(evaluated: _Evaluated) -> list[bpy.types.Material]:
+    return [material for material in bpy.data.materials if material.session_uid in evaluated.materials]
 
 
 @contextmanager
@@ -650,8 +665,8 @@ class Capture:
             self._centre, self._radius, self._directions = like._centre, like._radius, like._directions
         self.cameras = [self._camera(direction) for direction in self._directions]
         self._tasks = [("color", view) for view in range(len(self._directions))]
-        if p.geometry:
-            self._tasks += [("geometry", view) for view in range(len(self._directions))]
+        if p.geometry or _wants_materials(p):
+            self._tasks += [("data", view) for view in range(len(self._directions))]
         self.steps, self.done, self._seen = len(self._tasks), 0, False
 
     def step(self) -> bool:
@@ -671,7 +686,7 @@ class Capture:
                 raise KilnError(
                     "subject-changed", f"{self.subject.title} moved while it was captured.", "Leave it until all views are there."
                 )
-            prepare = _colors(scene, self.subject, self.p, self._evaluated) if kind == "color" else _geometry(scene, self.p)
+            prepare = _colors(scene, self.subject, self.p, self._evaluated) if kind == "color" else _data(scene, self.p, self._evaluated)
             with prepare:
                 seconds = []
                 while self.done < self.steps and self._tasks[self.done][0] == kind and not _worth_a_pause(seconds):
@@ -695,7 +710,7 @@ class Capture:
         (self.folder / "transforms.json").write_text(json.dumps(table, indent=1), encoding="utf-8")
         fingerprint, names = hashlib.sha256(), ["transforms.json"]
         for entry in table["frames"]:
-            names += [entry[key] for key in ("file_path", "geometry_file_path") if key in entry]
+            names += [entry[key] for key in ("file_path", "geometry_file_path", "material_file_path") if key in entry]
             fingerprint.update((self.folder / entry["file_path"]).read_bytes())
         return {name: self.folder / name for name in names}, self._source(fingerprint.hexdigest())
 
@@ -732,13 +747,16 @@ class Capture:
         channels = exr.read(self.folder / "view.exr")
         depth = channels[f"{LAYER}.Depth.Z"]
         there = (depth > 0) & (depth < BACKGROUND_DEPTH)
-        normal = np.stack([channels[f"{LAYER}.Normal.{axis}"] for axis in "XYZ"], -1)
-        normal /= np.maximum(np.linalg.norm(normal, axis=-1, keepdims=True), 1e-6)
-        np.savez_compressed(
-            self.folder / _geometry_name(view),
-            depth=np.where(there, depth * self._unit, 0).astype(np.float32),
-            normal=np.where(there[..., None], normal, 0).astype(np.float16),
-        )
+        if self.p.geometry:
+            normal = np.stack([channels[f"{LAYER}.Normal.{axis}"] for axis in "XYZ"], -1)
+            normal /= np.maximum(np.linalg.norm(normal, axis=-1, keepdims=True), 1e-6)
+            np.savez_compressed(
+                self.folder / _geometry_name(view),
+                depth=np.where(there, depth * self._unit, 0).astype(np.float32),
+                normal=np.where(there[..., None], normal, 0).astype(np.float16),
+            )
+        if _wants_materials(self.p):
+            np.savez_compressed(self.folder / _material_name(view), **material_passes.read(channels, LAYER, there))
         (self.folder / "view.exr").unlink()
 
     def _table(self) -> dict:
@@ -749,6 +767,8 @@ class Capture:
             entry = {"file_path": _color_name(view)}
             if self.p.geometry:
                 entry["geometry_file_path"] = _geometry_name(view)
+            if _wants_materials(self.p):
+                entry["material_file_path"] = _material_name(view)
             entry["split"] = "train" if view < self.p.views else "holdout"
             entry["transform_matrix"] = matrix.tolist()
             frames.append(entry)
@@ -826,3 +846,7 @@ def _color_name(view: int) -> str:
 
 def _geometry_name(view: int) -> str:
     return f"geometry_{view:03}.npz"
+
+
+def _material_name(view: int) -> str:
+    return f"material_{view:03}.npz"
