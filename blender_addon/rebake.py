@@ -23,6 +23,7 @@ DILATED = 6  # texels around each chart that repeat its edge exactly; the rest o
 MOST_MISSED = 0.25  # share of the texels without a surface in reach above which a result is no use
 ISLAND_MARGIN = 0.003  # between charts that we make ourselves, as a share of the picture
 
+TARGETS = ("MESH", "CURVE", "SURFACE", "FONT", "META")  # objects that have, or make, a mesh
 # What is baked as emission, from which sockets. Roughness and metallic lie in green and blue, as in glTF's own pictures.
 SOCKETS = {"reach": (), "color": ("Base Color",), "numbers": ("Alpha", "Roughness", "Metallic"), "emission": ("Emission Color",)}
 
@@ -60,7 +61,7 @@ def source_of(thing: bpy.types.Object, scene: bpy.types.Scene) -> bpy.types.Obje
     """The object that a result was made of, where it is still there under its name."""
     for collection in thing.users_collection:
         found = scene.objects.get(collection.get("kiln_source", ""))
-        if found is not None and found != thing and found.type in ("MESH", "CURVE", "SURFACE", "FONT", "META"):
+        if found is not None and found != thing and found.type in TARGETS:
             return found
     return None
 
@@ -454,7 +455,8 @@ def _bake(
                 try:
                     bpy.ops.object.bake(
                         type="NORMAL" if sockets is None else "EMIT", normal_space="TANGENT", use_selected_to_active=True,
-                        cage_extrusion=reach, max_ray_distance=2 * reach, margin=0, use_clear=True, target="IMAGE_TEXTURES", save_mode="INTERNAL",
+                        cage_extrusion=reach, max_ray_distance=2 * reach, margin=0, use_clear=True, target="IMAGE_TEXTURES",
+                        save_mode="INTERNAL",
                     )  # fmt: skip
                 finally:
                     for index, material in enumerate(originals):

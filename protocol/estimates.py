@@ -1,0 +1,169 @@
+"""What a job will take, before it runs: seconds and memory from a cost model of its stages.
+
+Each stage costs a sum of terms, a constant times a quantity of the recipe's parameters. The constants are those of two quiet cores
+(`python build.py bench estimates` measures and prints them); a machine's speed, one number, scales the seconds that the backend spends.
+The extension learns that number from the jobs that the backend has done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from . import recipes
+
+Values = dict[str, Any]  # a recipe's parameters by their flat names
+
+
+class Estimate(NamedTuple):
+    seconds: float  # from the button to the imported asset
+    bytes: float  # of memory that the computing process holds at most
+
+
+SPLATS = 200_000  # of an input whose number is not known yet
+SERIAL = 0.25  # share of the work that more cores do not speed up
+
+# What costs grow with. `count`, `size`: pictures to look at and their width, captured or taken of splats.
+QUANTITIES: dict[str, Callable[[Values], float]] = {
+    "job": lambda v: 1,
+    "views": lambda v: v["count"],
+    "megapixels": lambda v: v["count"] * v["size"] ** 2 / 1e6,  # of all views
+    "rendered megapixels": lambda v: v["count"] * v["size"] ** 2 / 1e6 * v.get("capture.samples", 0) / 16,
+    "iterations": lambda v: v["fit.iterations"],
+    "iterations x megapixels": lambda v: v["fit.iterations"] * v["size"] ** 2 / 1e6,  # of one view: each step draws one
+    "iterations x kilosplats": lambda v: v["fit.iterations"] * v["splats"] / 1e3,
+    "kilosplats": lambda v: v["splats"] / 1e3,
+    "views x kilosplats": lambda v: v["count"] * v["splats"] / 1e3,
+    "megacells": lambda v: v["surface.grid"] ** 3 / 1e6,
+    "surface kilocells": lambda v: v["surface.grid"] ** 2 / 1e3,  # those that the surface passes through, by order of size
+    "kilofaces": lambda v: v["surface.faces"] / 1e3,
+    "megatexels": lambda v: v["texture.size"] ** 2 / 1e6,
+}
+
+# Seconds on two quiet cores, by stage and quantity. Stages in IN_BLENDER run there, at that computer's speed.
+SECONDS: dict[str, dict[str, float]] = {
+    "capture": {
+        "views": 0.10,  # a render's fixed cost: depth, normals and materials beside the colour
+        "rendered megapixels": 0.35,  # colour at 16 samples
+        "megapixels": 0.15,  # reading and compressing the exact passes
+    },
+    "export": {
+        "kilosplats": 0.002,  # reading the object, writing the file
+    },
+    "read": {
+        "job": 0.1,  # the worker picks the job up
+        "megapixels": 0.06,  # PNG and npz
+    },
+    "fit": {
+        "iterations": 0.5e-3,  # what a step costs with nothing to draw
+        "iterations x megapixels": 0.04,  # forward, loss and backward per pixel
+        "iterations x kilosplats": 0.25e-3,  # projection, binning and Adam per splat
+    },
+    "fit on a GPU": {
+        "job": 3.0,  # torch and the kernels come up
+        "iterations": 4.0e-3,
+        "iterations x megapixels": 2.0e-3,
+    },
+    "look": {
+        "views x kilosplats": 0.5e-3,  # drawing each picture once
+        "megapixels": 0.05,
+    },
+    "extract": {
+        "job": 0.2,
+        "megapixels": 0.05,  # visibility of the cells in every view
+        "surface kilocells": 0.02,  # marching cubes, smoothing, and decimation from that many triangles
+    },
+    "bake": {
+        "job": 0.5,
+        "kilofaces": 0.08,  # charts
+        "megatexels": 1.0,  # rasterising and solving the texture
+        "megapixels": 0.1,  # every view is looked up
+    },
+    "measure": {
+        "views": 0.01,
+        "megapixels": 0.02,
+    },
+    "import": {
+        "job": 0.5,  # transfer and Blender's importer
+        "megatexels": 0.1,
+    },
+}
+
+# Bytes that a stage holds at most, by stage and quantity; `base` is held in all of them.
+BYTES: dict[str, dict[str, float]] = {
+    "base": {
+        "job": 0.45e9,  # Python, numba and its compiled kernels
+        "megapixels": 45e6,  # the views: colour, alpha, depth, normals and materials as floats
+    },
+    "fit": {
+        "kilosplats": 1.5e6,  # parameters, gradients, moments
+        "megapixels": 10e6,  # what is precomputed of each view
+    },
+    "look": {
+        "kilosplats": 0.6e6,
+    },
+    "extract": {
+        "megacells": 12e6,  # blocks of the grid near the surface
+        "surface kilocells": 0.5e6,
+        "megapixels": 10e6,
+    },
+    "bake": {
+        "megatexels": 250e6,  # positions, weights and colours of each texel
+        "megapixels": 10e6,
+        "kilofaces": 0.5e6,
+    },
+}
+
+STAGES = {"reconstruct": ("capture", "read", "fit", "extract", "bake", "measure", "import"),
+          "mesh_splats": ("export", "read", "look", "extract", "bake", "measure", "import")}  # fmt: skip
+IN_BLENDER = ("capture", "export", "import")
+
+
+def stage_seconds(recipe: str, values: Values, gpu: bool = False, splats: int | None = None) -> dict[str, float]:
+    """Seconds of each stage on two quiet cores. splats: how many the input has, for recipes that start from them."""
+    quantities = known(recipe, values, splats)
+    fit = "fit on a GPU" if gpu and values.get("fit.device") != "cpu" else "fit"
+    return {stage: _sum(SECONDS[fit if stage == "fit" else stage], quantities) for stage in STAGES[recipe]}
+
+
+def backend_seconds(recipe: str, values: Values, gpu: bool = False, splats: int | None = None) -> float:
+    """What the backend spends of `estimate`'s seconds, on two quiet cores."""
+    return sum(seconds for stage, seconds in stage_seconds(recipe, values, gpu, splats).items() if stage not in IN_BLENDER)
+
+
+def blender_seconds(recipe: str, values: Values, splats: int | None = None) -> float:
+    """What Blender spends of `estimate`'s seconds."""
+    return sum(seconds for stage, seconds in stage_seconds(recipe, values, False, splats).items() if stage in IN_BLENDER)
+
+
+def peak_bytes(recipe: str, values: Values, splats: int | None = None) -> float:
+    """Memory that the computing process holds at most. A fit on a GPU needs less of it; that is not counted off."""
+    quantities = known(recipe, values, splats)
+    return _sum(BYTES["base"], quantities) + max(_sum(BYTES[stage], quantities) for stage in STAGES[recipe] if stage in BYTES)
+
+
+def estimate(recipe: str, values: Values, speed: float = 1.0, gpu: bool = False, splats: int | None = None) -> Estimate:
+    """What a job of `recipe` with all of its parameters will take.
+
+    speed: of the backend's machine, with two quiet cores as 1. gpu: whether it fits on an NVIDIA GPU. splats: as in `stage_seconds`.
+    """
+    seconds = backend_seconds(recipe, values, gpu, splats) / speed + blender_seconds(recipe, values, splats)
+    return Estimate(seconds, peak_bytes(recipe, values, splats))
+
+
+def speed_of(device: dict[str, Any]) -> float:
+    """A first guess at a machine's speed from its number of cores (Amdahl's law), until its own jobs tell better."""
+    cores = device.get("cores") or 2
+    return 1 / (SERIAL + (1 - SERIAL) * 2 / cores)
+
+
+def known(recipe: str, values: Values, splats: int | None) -> Values:
+    """The parameters, with the numbers that recipes name differently under one name."""
+    if recipes.recipe_named(recipe).INPUT == "splats":
+        return {**values, "count": values["look.count"], "size": values["look.size"], "splats": splats or SPLATS}
+    views = values["capture.views"] + values["capture.holdout"]
+    return {**values, "count": views, "size": values["capture.size"], "splats": values["fit.splats"]}
+
+
+def _sum(terms: dict[str, float], values: Values) -> float:
+    return sum(each * QUANTITIES[quantity](values) for quantity, each in terms.items())
