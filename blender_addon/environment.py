@@ -324,10 +324,11 @@ def _create(target, python, locks, wheel, torch, bundle, report, log, started) -
             run("Fetching pip", [*install, own], 0.03, 0.05, certificates=not folder)
             install.append("--progress-bar=raw")
         whole = [part for lock in locks for part in ("-r", str(lock))]
-        if torch and not folder:
-            whole += torch.more
-        elif torch:  # a bundle that was made for another device goes without
-            whole += [one for one in torch.more if any(folder.glob(one.split("==")[0].replace("-", "_") + "-*.whl"))]
+        locked = {line.split("==")[0] for line in names}
+        further = [one for one in (torch.more if torch else ()) if one.split("==")[0] not in locked]
+        if folder:  # one that was made for another device goes without
+            further = [one for one in further if any(folder.glob(one.split("==")[0].replace("-", "_") + "-*.whl"))]
+        whole += further
         run("Looking for packages", [*install, *whole], 0.05, 0.97 if wheel else 1.0, expected=len(names))
         if wheel:  # by itself: an update of Kiln with the same version number still counts
             update = [*install, "--no-deps", "--no-index", "--force-reinstall", str(wheel)]

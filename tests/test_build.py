@@ -216,6 +216,19 @@ def test_the_build_of_torch_fits_card_and_driver(tmp_path, monkeypatch, answer, 
     assert (chosen.device, chosen.index) == (device, f"https://download.pytorch.org/whl/{index}")
 
 
+def test_what_a_device_wants_beside_the_lock_is_installed_where_the_lock_leaves_it_open(tmp_path):
+    """`Torch.more`: a lock's own version comes first, and a bundle that was made for another device goes without."""
+    bundle, log = tmp_path / "wheels", tmp_path / "set-up.log"
+    for name, version in (("torch", "2.0"), ("extra", "1.0"), ("extra", "2.0")):
+        small_wheel(bundle, name, version)
+    chosen = environment.Torch("cuda", None, 0.0, "test", ("extra==1.0", "absent==1.0"))
+    plain, own = lock_file(tmp_path / "plain.txt", "torch==2.0"), lock_file(tmp_path / "own.txt", "torch==2.0", "extra==2.0")
+    for lock, version in ((plain, "1.0"), (own, "2.0")):
+        target = tmp_path / lock.stem
+        environment.create(target, PYTHON, [lock], torch=chosen, bundle=bundle, log=log)
+        assert said_by(target, "import extra; print(extra.VERSION)") == version
+
+
 def test_an_index_that_cannot_be_reached_is_found_out_soon():
     assert not environment.reachable("http://127.0.0.1:9")  # the discard port: nobody listens
 

@@ -45,11 +45,13 @@ WITHIN = 0.02  # of pictures (absolute) and gradients (relative) on the CPU: an 
 
 @dataclass(frozen=True)
 class Engine:
-    """What draws and compares on the GPU; `draw` and `loss` have the signatures of `raster_warp.draw` and `loss_warp.loss_of`."""
+    """What draws and compares on the GPU; `draw` and `loss` have the signatures of `raster_warp.draw` and `loss_warp.loss_of`, and `room`
+    makes what `draw` takes as its room, anew for each number of Gaussians."""
 
     name: str
     draw: Callable
     loss: Callable
+    room: Callable = lambda: None
 
 
 _FAILED: dict[str, str] = {}  # engines that could not be loaded or drew nonsense in this process, and why
@@ -173,7 +175,7 @@ def _gsplat(progress: Progress) -> Engine:
 def _loaded_warp() -> Engine:
     from . import loss_warp, raster_warp
 
-    return Engine("Warp", raster_warp.draw, loss_warp.loss_of)
+    return Engine("Warp", raster_warp.draw, loss_warp.loss_of, raster_warp.Room)
 
 
 def _warp(progress: Progress) -> Engine:
@@ -417,7 +419,7 @@ def fit_with(engine: Engine, device, views: Views, p: recipes.Fit, seed: int, pr
     looks = torch.tensor([[orders.next() for _ in range(at_once)] for _ in range(p.iterations)], device=device)
     black = torch.zeros((at_once, 3), device=device)
 
-    state = _State(torch, device, pack(start)[:, : len(start)])
+    state = _State(torch, device, engine, pack(start)[:, : len(start)])
     reported = time.monotonic()
     shown = reported - shared.PREVIEW_EVERY
     for step in range(p.iterations):
@@ -473,8 +475,8 @@ def _target(views: Views, index: int) -> np.ndarray:
 class _State:
     """What a fit changes: the parameters as one tensor for each range of rows that has a rate of its own, Adam, and what growth needs."""
 
-    def __init__(self, torch, device, matrix: np.ndarray, moments=None):
-        self.torch, self.device, self.rows = torch, device, len(matrix)
+    def __init__(self, torch, device, engine: Engine, matrix: np.ndarray, moments=None):
+        self.torch, self.device, self.engine, self.rows = torch, device, engine, len(matrix)
         groups = [(MEAN, QUATERNION), (QUATERNION, LOG_SCALE), (LOG_SCALE, OPACITY), (OPACITY, SH), (SH, SH + 3), (SH + 3, self.rows)]
         self.groups = [(a, b) for a, b in groups if b > a]
         self.parts = [torch.tensor(matrix[a:b].copy(), device=device, requires_grad=True) for a, b in self.groups]
@@ -490,11 +492,7 @@ class _State:
                 }
         self.count = matrix.shape[1]
         self.pulled = torch.zeros((2, self.count), device=device)
-        self.room = None
-        if importlib.util.find_spec("warp") is not None:
-            from .raster_warp import Room
-
-            self.room = Room()
+        self.room = engine.room()
 
     def step(self, rates: np.ndarray) -> None:
         for (first_row, _), group in zip(self.groups, self.adam.param_groups, strict=True):
@@ -514,4 +512,4 @@ class _State:
         if matrix.shape[1] == 0:
             raise KilnError("fit-diverged", "All splats have faded away.", "Check that pictures, alpha and cameras belong together.")
         first, second = (np.where(kept >= 0, moments[:, kept], 0) for moments in (first, second))
-        self.__init__(self.torch, self.device, matrix, (first, second, steps))  # type: ignore[misc]
+        self.__init__(self.torch, self.device, self.engine, matrix, (first, second, steps))  # type: ignore[misc]

@@ -31,7 +31,7 @@ from backend.splats import loss_warp, raster_warp
 
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
-WARP = gpu.Engine("Warp", raster_warp.draw, loss_warp.loss_of)
+WARP = gpu._loaded_warp()
 
 
 def several(count: int):
