@@ -50,7 +50,7 @@ def save(path: Path, splats: Splats, frame: Frame) -> None:
     places = there.means.astype(np.float64) / frame.scale + centre
     largest = max(float(np.abs(places).max(initial=0)), 1e-30)
     fraction = int(np.clip(22 - math.ceil(math.log2(largest)), 0, MOST_FRACTION))
-    if largest >= 2 ** (23 - fraction) - 1:
+    if largest * 2.0**fraction >= 2**23 - 1:
         raise KilnError("bad-input", f"Splats lie {largest:.3g} m from the origin, too far for an SPZ file.", "Move them nearer.")
     degree = round(there.sh.shape[1] ** 0.5) - 1
     content = [

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from .cameras import look_at
+from .cameras import around
 from .views import Frame, Views
 
 FIELD_OF_VIEW = math.radians(40)
@@ -14,10 +14,8 @@ FIELD_OF_VIEW = math.radians(40)
 
 def ball(size: int, count: int, radius: float = 0.7) -> Views:
     """`count` views of `size` pixels all around a ball at the origin, with exact depth and normals; every seventh is held out."""
-    heights, turns = 1 - 2 * (np.arange(count) + 0.5) / count, np.arange(count) * 2.399963  # a Fibonacci lattice on the sphere
-    across = np.sqrt(1 - heights**2)
-    eyes = np.stack([across * np.cos(turns), across * np.sin(turns), heights], 1) / math.sin(FIELD_OF_VIEW / 2)
-    cameras = [look_at(eye, (0, 0, 0), size, FIELD_OF_VIEW) for eye in eyes]
+    cameras = around(count, size, FIELD_OF_VIEW)
+    eyes = np.stack([camera.centre for camera in cameras])
     rays = np.stack([camera.unproject(np.ones((size, size))) - camera.centre for camera in cameras])  # depth 1, so lengths are depths
     along, squared = np.einsum("vhwc,vc->vhw", rays, eyes), (rays * rays).sum(-1)
     inside = along**2 - squared * ((eyes**2).sum(1)[:, None, None] - radius**2)

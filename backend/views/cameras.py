@@ -62,6 +62,14 @@ class Camera:
         return Camera(self.width, self.height, self.fx, self.fy, self.cx, self.cy, matrix)
 
 
+def around(count: int, size: int, fov: float) -> list[Camera]:
+    """`count` square cameras of `size` pixels and `fov` radians, evenly around the unit sphere, each of which just holds it."""
+    heights, turns = 1 - 2 * (np.arange(count) + 0.5) / count, np.arange(count) * 2.399963  # a Fibonacci lattice on the sphere
+    across = np.sqrt(1 - heights**2)
+    eyes = np.stack([across * np.cos(turns), across * np.sin(turns), heights], 1) / math.sin(fov / 2)
+    return [look_at(eye, (0, 0, 0), size, fov) for eye in eyes]
+
+
 def look_at(eye, target, size: int, fov: float, up=(0.0, 0.0, 1.0)) -> Camera:
     """A square camera of `size` pixels and `fov` radians at `eye` that looks at `target`; `up` in a Z-up world."""
     forward = np.asarray(target, float) - np.asarray(eye, float)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
+from scipy.ndimage import binary_dilation
 
 from backend.progress import Progress, silent
 from protocol.errors import KilnError
@@ -25,7 +26,10 @@ LARGEST_SIDE = 8192  # pixels
 DISTORTION = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2")  # of lenses, as COLMAP and nerfstudio write it
 PINHOLES = ("PINHOLE", "SIMPLE_PINHOLE", "OPENCV")  # OPENCV without distortion is one too
 MOST_VIEWS = 500
-MOST_PIXELS = 500_000_000  # over all views: about 10 GB as float32 with depth
+MOST_PIXELS = 500_000_000  # over all views: about 14 GB with depth, normals and material
+HULL_GRID, HULL_PIXELS = 32, 64  # cells along each side, and pixels across a silhouette, to see whether the views fit together
+HULL_VOTES = 0.9  # share of the views whose silhouettes must hold a cell of the hull
+EXPLAINED = 0.9  # of a silhouette, by the hull, on average: 1 where views agree, 0.3 to 0.95 where half of them show something else
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Views:
     """V pictures of H x W pixels of one subject, cameras in the unit frame.
 
     images: sRGB in [0, 1], straight alpha. holdout: views that no fit may use. What follows is None if the input has none, and 0 where
-    nothing is. depth: unit-frame distance along the camera's axis. normals: world axes, unit length, with bump and normal maps. material:
+    nothing is. depth: unit-frame distance along the camera's axis. normals: world axes, unit length, with bump and normal maps; views from
+    files have them as float16. material:
     roughness, metallic and opacity of the nearest surface in 255ths, not antialiased. emission: linear light that it gives off itself.
     """
 
@@ -96,10 +101,11 @@ class Views:
 
 
 def load(folder: Path, progress: Progress = silent) -> Views:
-    """The views of `folder/transforms.json`, or `KilnError("bad-input")` that names the file and what is wrong with it."""
+    """The views of `folder/transforms.json`, held-out ones last, or `KilnError("bad-input")` that names the file and what is wrong."""
     table = _read_table(folder)
-    frames = table["frames"]
-    names = [f"View {number} ({frame.get('file_path', 'no file_path')})" for number, frame in enumerate(frames)]
+    numbered = [(f"View {number} ({frame.get('file_path', 'no file_path')})", frame) for number, frame in enumerate(table["frames"])]
+    numbered.sort(key=lambda one: one[1].get("split", "train") != "train")  # then parts of the arrays need no copy (`Views.subset`)
+    names, frames = [name for name, _ in numbered], [frame for _, frame in numbered]
     holdout = np.array([frame.get("split", "train") != "train" for frame in frames], bool)
     if (~holdout).sum() < 3:
         raise KilnError(
@@ -114,7 +120,7 @@ def load(folder: Path, progress: Progress = silent) -> Views:
         )
     has_geometry = all("geometry_file_path" in frame for frame in frames)
     images, alpha = np.empty((len(frames), height, width, 3), np.float32), np.empty((len(frames), height, width), np.float32)
-    depth, normals = (np.empty_like(alpha), np.empty_like(images)) if has_geometry else (None, None)
+    depth, normals = (np.empty_like(alpha), np.empty(images.shape, np.float16)) if has_geometry else (None, None)
     has_material = all("material_file_path" in frame for frame in frames)
     material, emission = np.empty(images.shape, np.uint8) if has_material else None, None
     cameras = []
@@ -143,7 +149,43 @@ def load(folder: Path, progress: Progress = silent) -> Views:
     if depth is not None:
         depth *= np.float32(unit.scale)
     moved = [camera.moved(unit.centre, unit.scale) for camera in cameras]
+    _check_silhouettes([camera for camera, kept in zip(moved, holdout, strict=True) if not kept], alpha[: int((~holdout).sum())])
     return Views(moved, images, alpha, depth, normals, holdout, unit, material, emission)
+
+
+def _check_silhouettes(cameras: list[Camera], alpha: Float[np.ndarray, "v h w"]) -> None:
+    """Refuses views that cannot show one subject: the visual hull of their silhouettes (Laurentini 1994), coarse and with slack, leaves
+    much of the silhouettes empty."""
+    axis = (np.arange(HULL_GRID) + 0.5) / HULL_GRID * 2 - 1
+    cells = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
+    inside, seen = np.zeros(len(cells), np.int32), np.zeros(len(cells), np.int32)
+    looks = []
+    for camera, cover in zip(cameras, alpha, strict=True):
+        step = max(1, max(cover.shape) // HULL_PIXELS)
+        rows, columns = np.arange(0, cover.shape[0], step), np.arange(0, cover.shape[1], step)
+        silhouette = np.maximum.reduceat(np.maximum.reduceat(cover, rows, 0), columns, 1) > 0.5
+        pixels, depth = camera.project(cells)
+        x, y = np.floor(np.clip(pixels / step, -1, max(silhouette.shape))).astype(int).T
+        shown = (depth > 0) & (x >= 0) & (y >= 0) & (x < silhouette.shape[1]) & (y < silhouette.shape[0])
+        places = y[shown], x[shown]
+        inside[shown] += binary_dilation(silhouette, np.ones((3, 3)))[places]
+        seen += shown
+        looks.append((silhouette, shown, places))
+    usable = seen >= len(cameras) / 2
+    hull = usable & (inside >= HULL_VOTES * seen)
+    explained = []
+    for silhouette, shown, places in looks:
+        filled, reached = np.zeros_like(silhouette), np.zeros_like(silhouette)
+        reached[tuple(place[usable[shown]] for place in places)] = True
+        filled[tuple(place[hull[shown]] for place in places)] = True
+        countable = silhouette & reached  # what lies beyond the cells, no hull could explain
+        if countable.any():
+            explained.append((countable & binary_dilation(filled, np.ones((3, 3)))).sum() / countable.sum())
+    if explained and float(np.mean(explained)) < EXPLAINED:
+        raise KilnError(
+            "bad-input", "The views do not show one subject: their silhouettes do not fit together.",
+            "Check that each picture has its own camera, and that alpha shows the same subject in all of them.",
+        )  # fmt: skip
 
 
 def _read_table(folder: Path) -> dict:
@@ -180,7 +222,9 @@ def _size(folder: Path, frame: dict, where: str) -> tuple[int, int]:
     try:
         with Image.open(_picture(folder, frame, where)) as picture:
             width, height = picture.size
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:  # Pillow's limit comes before ours: 180 million pixels
+        raise KilnError("bad-input", f"{where} is larger than any view can be.", f"At most {LARGEST_SIDE} pixels a side.") from None
+    except (OSError, ValueError) as error:
         raise KilnError("bad-input", f"{where} cannot be read: {error}.", "Save it again as PNG.") from None
     if max(width, height) > LARGEST_SIDE:
         raise KilnError("bad-input", f"{where} is {width} x {height} pixels.", f"At most {LARGEST_SIDE} a side.")
@@ -190,9 +234,10 @@ def _size(folder: Path, frame: dict, where: str) -> tuple[int, int]:
 def _read_image(folder: Path, frame: dict, where: str) -> tuple[np.ndarray, np.ndarray]:
     try:
         with Image.open(_picture(folder, frame, where)) as picture:
-            pixels = np.asarray(picture.convert("RGBA"), np.float32) / np.float32(255)
+            pixels = np.asarray(picture.convert("RGBA"), np.float32)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise KilnError("bad-input", f"{where} cannot be read: {error}.", "Save it again as PNG.") from None
+    pixels /= np.float32(255)
     return pixels[..., :3], pixels[..., 3]
 
 
@@ -200,8 +245,9 @@ def _read_geometry(folder: Path, frame: dict, shape: tuple[int, int], where: str
     arrays = _read_arrays(
         _inside(folder, frame["geometry_file_path"], where), ("depth", "normal"), shape, f"{where}: its depth and normals"
     )
-    depth, normal = arrays["depth"].astype(np.float32), arrays["normal"].astype(np.float32)
-    if depth.shape != shape or normal.shape != (*shape, 3) or not np.isfinite(depth).all() or not np.isfinite(normal).all():
+    depth, normal = arrays["depth"], arrays["normal"]
+    wrong = depth.shape != shape or normal.shape != (*shape, 3) or {depth.dtype.kind, normal.dtype.kind} != {"f"}
+    if wrong or not np.isfinite(depth).all() or not float(np.abs(normal).max()) < 2:
         raise KilnError("bad-input", f"{where}: its depth or normals have a wrong shape or values.", "Capture the views again.")
     return depth, normal
 

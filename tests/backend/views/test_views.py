@@ -2,6 +2,8 @@
 
 import json
 import math
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ def write_views(folder, size=32, count=6, alpha="disk", **changes):
         y, x = np.mgrid[:size, :size] + 0.5
         disk = (np.hypot(x - size / 2, y - size / 2) < size / 3).astype(np.uint8) * 255
         cover = {"disk": disk, "none": disk * 0, "full": disk * 0 + 255}[alpha]
-        pixels = np.dstack([np.full((size, size, 3), 40 * index, np.uint8), cover])
+        pixels = np.dstack([np.full((size, size, 3), 40 * index % 256, np.uint8), cover])
         Image.fromarray(pixels, "RGBA").save(folder / f"color_{index:03}.png")
         depth = np.where(disk > 0, np.float32(distance), np.float32(0))
         np.savez_compressed(folder / f"geometry_{index:03}.npz", depth=depth, normal=np.zeros((size, size, 3), np.float16))
@@ -96,6 +98,75 @@ def test_the_original_nerf_layout_loads(tmp_path):
     assert views.depth is None and views.cameras[0].fx == pytest.approx(cameras[0].fx)
 
 
+def test_held_out_views_come_last_whatever_their_place_in_the_table(tmp_path):
+    """So that the views to fit are one piece of each array, and need no copy."""
+    write_views(tmp_path)
+    table = json.loads((tmp_path / "transforms.json").read_text())
+    table["frames"].insert(2, table["frames"].pop())
+    (tmp_path / "transforms.json").write_text(json.dumps(table))
+    views = load(tmp_path)
+    assert views.holdout.tolist() == [False] * 5 + [True]
+    assert np.allclose(views.images[:, 0, 0, 0] * 255, [0, 40, 80, 120, 160, 200])
+    assert views.for_fitting.images.base is not None and np.shares_memory(views.for_fitting.images, views.images)
+
+
+def test_normals_are_kept_as_they_were_stored(tmp_path):
+    write_views(tmp_path)
+    normal = np.random.default_rng(0).uniform(-0.5, 0.5, (32, 32, 3)).astype(np.float16)
+    np.savez_compressed(tmp_path / "geometry_001.npz", depth=np.ones((32, 32), np.float32), normal=normal)
+    views = load(tmp_path)
+    assert views.normals.dtype == np.float16 and np.array_equal(views.normals[1], normal)
+
+
+def add_materials(folder, **arrays):
+    """Material passes for all views; those of view 2 with these arrays instead."""
+    table = json.loads((folder / "transforms.json").read_text())
+    for index, frame in enumerate(table["frames"]):
+        frame["material_file_path"] = f"material_{index:03}.npz"
+        np.savez_compressed(folder / f"material_{index:03}.npz", material=np.full((32, 32, 3), 10 * index, np.uint8))
+    if arrays:
+        np.savez_compressed(folder / "material_002.npz", **arrays)
+    (folder / "transforms.json").write_text(json.dumps(table))
+
+
+def test_material_passes_load_and_a_view_without_emission_gives_no_light(tmp_path):
+    write_views(tmp_path)
+    glow = np.random.default_rng(0).uniform(0, 30, (32, 32, 3)).astype(np.float16)
+    add_materials(tmp_path, material=np.full((32, 32, 3), 99, np.uint8), emission=glow)
+    views = load(tmp_path)
+    assert views.material[:, 5, 5, 1].tolist() == [0, 10, 99, 30, 40, 50]
+    assert np.array_equal(views.emission[2], glow) and not views.emission[[0, 1, 3, 4, 5]].any()
+    assert np.array_equal(views.for_scoring.material, views.material[5:])
+
+
+GOOD = np.zeros((32, 32, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"material": GOOD[:16]},
+        {"material": GOOD[..., 0]},
+        {"material": GOOD.astype(np.float32)},
+        {"material": GOOD, "emission": GOOD},
+        {"material": GOOD, "emission": np.full((32, 32, 3), np.nan, np.float16)},
+        {"material": GOOD, "emission": np.full((32, 32, 3), -1, np.float16)},
+        {"material": GOOD, "emission": np.zeros((32, 32), np.float16)},
+        {"roughness": GOOD},
+    ],
+)
+def test_material_passes_of_another_shape_or_kind_are_refused(tmp_path, arrays):
+    write_views(tmp_path)
+    add_materials(tmp_path, **arrays)
+    with pytest.raises(KilnError, match=r"View 2 .*its material (has a wrong shape or values|cannot be read)"):
+        load(tmp_path)
+
+
+def geometry(folder, **changes):
+    arrays = {"depth": np.ones((32, 32), np.float32), "normal": np.zeros((32, 32, 3), np.float16)}
+    np.savez_compressed(folder / "geometry_002.npz", **{**arrays, **changes})
+
+
 def truncate(path):
     path.write_bytes(path.read_bytes()[:-40])
 
@@ -120,7 +191,14 @@ def broken(change):
         (lambda table, folder: (folder / "geometry_002.npz").write_bytes(b"PK broken"), "depth and normals cannot be read"),
         (lambda table, folder: truncate(folder / "geometry_002.npz"), "depth and normals cannot be read"),
         (lambda table, folder: np.savez_compressed(folder / "geometry_002.npz", depth=np.zeros((999, 999))), "larger than the picture"),
+        (lambda table, folder: geometry(folder, depth=np.full((32, 32), np.nan, np.float32)), "depth or normals have a wrong"),
+        (lambda table, folder: geometry(folder, normal=np.full((32, 32, 3), np.inf, np.float16)), "depth or normals have a wrong"),
+        (lambda table, folder: geometry(folder, normal=np.full((32, 32, 3), np.nan, np.float32)), "depth or normals have a wrong"),
+        (lambda table, folder: geometry(folder, depth=np.ones((32, 31), np.float32)), "depth or normals have a wrong"),
+        (lambda table, folder: geometry(folder, depth=np.ones((32, 32), bool)), "depth or normals have a wrong"),
+        (lambda table, folder: truncate(folder / "color_004.png"), "View 4 .* cannot be read"),
         (lambda table, folder: table.update(frames="many"), "no list of frames"),
+        (lambda table, folder: table.update(frames=table["frames"][:1]), "1 views are too few"),
         (lambda table, folder: Image.new("RGBA", (8, 8)).save(folder / "color_003.png"), "another size"),
         (lambda table, folder: Image.new("L", (9000, 4)).save(folder / "color_000.png"), "9000 x 4"),
         (
@@ -136,6 +214,50 @@ def test_bad_views_are_refused_with_what_is_wrong(tmp_path, change, sentence):
         (tmp_path / "geometry_003.npz").unlink()
         broken(lambda table, folder: table["frames"][3].pop("geometry_file_path"))(tmp_path)
     with pytest.raises(KilnError, match=sentence) as caught:
+        load(tmp_path)
+    assert caught.value.code == "bad-input" and caught.value.hint
+
+
+def header_of_a_png(width, height):
+    """A file that says how large it is, and holds nothing."""
+    content = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + content + struct.pack(">I", zlib.crc32(content)) + struct.pack(">I", 0) + b"IDAT"
+
+
+@pytest.mark.parametrize("side", [20_000, 9_000, 2_000_000])
+def test_a_huge_picture_is_refused_by_its_header(tmp_path, side):
+    write_views(tmp_path)
+    (tmp_path / "color_001.png").write_bytes(header_of_a_png(side, side))
+    with pytest.raises(KilnError, match=r"View 1 .*(larger than any view|9000 x 9000)") as caught:
+        load(tmp_path)
+    assert "8192" in caught.value.hint
+
+
+def test_unknown_fields_are_passed_over(tmp_path):
+    write_views(tmp_path, aabb_scale=16, applied_transform=[[1, 0, 0, 0]], orientation_override="none")
+    broken(lambda table, folder: [frame.update(sharpness=12.5, colmap_im_id=3) for frame in table["frames"]])(tmp_path)
+    assert len(load(tmp_path)) == 6
+
+
+def silhouettes(folder, kinds):
+    """Views whose pictures show a disk, a bar across it, or nothing, as their kinds say; 12 to fit and one held out."""
+    write_views(folder, size=64, count=13)
+    y, x = np.mgrid[:64, :64] + 0.5 - 32
+    shapes = {"disk": np.hypot(x, y) < 20, "bar": (np.abs(x) < 30) & (np.abs(y) < 5), "nothing": x > 99}
+    for index in range(13):
+        cover = shapes[kinds[index % len(kinds)]].astype(np.uint8) * 255
+        Image.fromarray(np.dstack([cover, cover, cover, cover]), "RGBA").save(folder / f"color_{index:03}.png")
+
+
+def test_views_that_agree_but_for_a_few_are_taken(tmp_path):
+    silhouettes(tmp_path, ["disk"] * 11 + ["bar"])
+    assert len(load(tmp_path)) == 13
+
+
+@pytest.mark.parametrize("kinds", [["disk", "bar"], ["disk", "nothing"]])
+def test_views_of_two_subjects_are_refused(tmp_path, kinds):
+    silhouettes(tmp_path, kinds)
+    with pytest.raises(KilnError, match="silhouettes do not fit together") as caught:
         load(tmp_path)
     assert caught.value.code == "bad-input" and caught.value.hint
 
