@@ -4,6 +4,8 @@ asset with a picture and with where it came from. One undo step; the user's sele
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ import bpy
 import numpy as np
 from mathutils import Matrix, Quaternion
 
-from . import splat_nodes
+from . import splat_files, splat_nodes
 from .protocol.errors import KilnError
 
 CLEANED = ("objects", "meshes", "materials", "images", "collections", "node_groups", "actions", "armatures", "cameras", "lights", "scenes")
@@ -62,15 +64,35 @@ def import_asset(context: bpy.types.Context, folder: Path, source: dict, provena
     return Imported(collection, mesh_object, splats_object)
 
 
+def import_splats(context: bpy.types.Context, path: str | os.PathLike) -> bpy.types.Object:
+    """Splats of any origin (PLY or SPZ) as an object at the 3D cursor, in the collection that is active in the view layer. One undo step;
+    the user's selection, mode and active object stay. What was left out stands in the object's property "kiln_notes".
+
+    A file that does not say which way is up most likely has Y down, as the structure-from-motion tools behind most splats do: the object
+    is turned for it, not the splats, so that clearing its rotation brings the file's own axes back.
+    Raises KilnError("bad-splats"); then nothing was imported.
+    """
+    path = Path(path)
+    points = splat_files.read(path)
+    scene = context.scene
+    points = splat_files.transformed(points, np.eye(3) / scene.unit_settings.scale_length, np.zeros(3))
+    thing = splat_nodes.make_object(path.stem, points)
+    thing.location = scene.cursor.location
+    if not points.z_up:
+        thing.rotation_euler = (-math.pi / 2, 0, 0)
+    if points.notes:
+        thing["kiln_notes"] = "\n".join(points.notes)
+    home = context.collection if context.collection is not None and context.collection.is_editable else scene.collection
+    home.objects.link(thing)
+    _undo_step(context, f"Kiln: import {path.name}")
+    return thing
+
+
 def show(collection: bpy.types.Collection, what: str) -> None:
     """Show the "mesh", the "splats" or "both" of an imported asset, in the viewport and in renders."""
     for thing in collection.objects:
-        hidden = what == ("mesh" if _holds_splats(thing) else "splats")
+        hidden = what == ("mesh" if splat_nodes.is_splats(thing) else "splats")
         thing.hide_viewport = thing.hide_render = hidden
-
-
-def _holds_splats(thing: bpy.types.Object) -> bool:
-    return any(m.type == "NODES" and m.node_group is not None and m.node_group.name.startswith(splat_nodes.NAME) for m in thing.modifiers)
 
 
 def _beside(scene: bpy.types.Scene, source: dict) -> bpy.types.Collection:
@@ -151,19 +173,9 @@ def _scratch_scene(context: bpy.types.Context) -> Iterator[bpy.types.Scene]:
 
 
 def _splats(path: Path, source: dict, collection: bpy.types.Collection) -> bpy.types.Object:
-    points = splat_nodes.read_ply(path)
+    points = splat_files.read(path)
     matrix = _own_frame_from_metres(source)
-    turn = Quaternion(source["rotation"]).inverted()
-    w, x, y, z = turn
-    product = np.array([[w, -x, -y, -z], [x, w, -z, y], [y, z, w, -x], [z, -y, x, w]])  # turn * quaternion
-    moved = splat_nodes.Points(
-        means=points.means @ matrix[:3, :3].T + matrix[:3, 3],
-        scales=points.scales / source["unit_scale"],
-        quaternions=points.quaternions @ product.T,
-        colors=points.colors,
-        opacities=points.opacities,
-    )
-    thing = splat_nodes.make_object(f"{collection.name} splats", moved)
+    thing = splat_nodes.make_object(f"{collection.name} splats", splat_files.transformed(points, matrix[:3, :3], matrix[:3, 3]))
     _place(thing, source)
     collection.objects.link(thing)
     return thing

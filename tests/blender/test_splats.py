@@ -1,0 +1,344 @@
+"""Splats in files and in Blender: read, drawn as the Gaussians they are, edited, and taken back out."""
+
+import gzip
+import math
+import struct
+
+import bpy
+import numpy as np
+import pytest
+from bl_ext.kiln_test.kiln import import_asset, splat_files, splat_nodes
+from bl_ext.kiln_test.kiln.protocol.errors import KilnError
+from mathutils import Euler, Matrix, Quaternion
+from PIL import Image
+
+FIELDS = ("means", "scales", "quaternions", "colors", "opacities", "harmonics")
+
+
+def some(count=20, degree=0, seed=0):
+    random = np.random.default_rng(seed)
+    quaternions = random.normal(size=(count, 4))
+    return splat_files.Points(
+        means=random.normal(size=(count, 3)),
+        scales=random.uniform(0.05, 0.3, (count, 3)).astype(np.float32),
+        quaternions=(quaternions / np.linalg.norm(quaternions, axis=1, keepdims=True)).astype(np.float32),
+        colors=random.uniform(0.1, 0.9, (count, 3)).astype(np.float32),
+        opacities=random.uniform(0.2, 0.9, count).astype(np.float32),
+        harmonics=random.uniform(-0.3, 0.3, (count, (degree + 1) ** 2 - 1, 3)).astype(np.float32),
+    )
+
+
+def covariances(points):
+    axes = np.array([np.array(Quaternion(q).to_matrix()) for q in points.quaternions]) * np.asarray(points.scales, float)[:, None, :]
+    return axes @ axes.transpose(0, 2, 1)
+
+
+def added(points, name="splats"):
+    thing = splat_nodes.make_object(name, points)
+    bpy.context.scene.collection.objects.link(thing)
+    bpy.context.view_layer.objects.active = thing
+    thing.select_set(True)
+    bpy.context.view_layer.update()
+    return thing
+
+
+def foreign_ply(path, points, kind="<f4", newline="\n", order=None):
+    """As another tool may write it: other order, number type and line ends, and properties that nobody asked for."""
+    names = [
+        "red",
+        "opacity",
+        "rot_3",
+        "rot_0",
+        "rot_2",
+        "rot_1",
+        "z",
+        "y",
+        "x",
+        "scale_2",
+        "scale_0",
+        "scale_1",
+        "f_dc_2",
+        "f_dc_0",
+        "f_dc_1",
+    ]
+    names += [f"f_rest_{i}" for i in range(3 * points.harmonics.shape[1])][::-1] + ["confidence"]
+    table = np.zeros(len(points), [(name, "u1" if name == "red" else kind) for name in names])
+    table["opacity"] = np.log(points.opacities / (1 - points.opacities))
+    for i in range(4):
+        table[f"rot_{i}"] = points.quaternions[:, i] * 3
+    for i in range(3):
+        table["xyz"[i]], table[f"scale_{i}"] = points.means[:, i], np.log(points.scales[:, i])
+        table[f"f_dc_{i}"] = (points.colors[:, i] - 0.5) / 0.28209479177387814
+        for j in range(bases := points.harmonics.shape[1]):
+            table[f"f_rest_{i * bases + j}"] = points.harmonics[:, j, i]
+    types = {"<f4": "float", "<f8": "double"}
+    header = ["ply", "comment from elsewhere", "format binary_little_endian 1.0", f"element vertex {len(points)}"]
+    header += [f"property {'uchar' if name == 'red' else types[kind]} {name}" for name in names]
+    header += ["element face 1", "property list uchar int vertex_indices", "end_header", ""]
+    path.write_bytes(newline.join(header).encode() + table.tobytes() + b"\x00")
+    return table
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize(("degree", "kind", "newline"), [(0, "<f4", "\n"), (1, "<f8", "\r\n"), (2, "<f4", "\n"), (3, "<f4", "\r\n")])
+def test_a_ply_of_any_order_is_read_and_given_back_with_its_harmonics(tmp_path, degree, kind, newline):
+    points = some(degree=degree)
+    foreign_ply(tmp_path / "foreign.ply", points, kind, newline)
+    read = splat_files.read(tmp_path / "foreign.ply")
+    assert read.degree == degree and not read.z_up and not read.notes
+    splat_files.write_ply(tmp_path / "back.ply", splat_nodes.points_of(added(read)))
+    back = splat_files.read(tmp_path / "back.ply")
+    for field in FIELDS:
+        for given in (read, back):
+            assert np.allclose(getattr(given, field), getattr(points, field), atol=2e-5), field
+    assert back.z_up  # Blender's world
+
+
+@pytest.mark.parametrize("degree", [0, 3])
+def test_spz_keeps_splats_to_its_rounding(tmp_path, degree):
+    points = some(200, degree)
+    splat_files.write_spz(tmp_path / "a.spz", points)
+    read = splat_files.read(tmp_path / "a.spz")
+    assert np.abs(read.means - points.means).max() < 1e-6
+    assert np.abs(np.log(read.scales / points.scales)).max() < 0.04
+    assert (np.abs((read.quaternions * points.quaternions).sum(1)) > math.cos(math.radians(0.15))).all()
+    assert np.abs(read.colors - points.colors).max() < 0.005 and np.abs(read.opacities - points.opacities).max() < 0.003
+    assert read.harmonics.shape == points.harmonics.shape
+    if degree:  # turned to Y up and back, rounded to 1/16 and 1/8 between
+        assert np.abs(read.harmonics - points.harmonics).max() < 0.15
+
+
+@pytest.mark.oldest
+def test_an_spz_of_version_2_is_read_by_the_formats_description(tmp_path):
+    """One splat, packed by hand: Y up in the file, Z up in Blender."""
+    content = struct.pack("<IIIBBBB", 0x5053474E, 2, 1, 0, 12, 0, 0)
+    content += b"".join(struct.pack("<i", round(v * 4096))[:3] for v in (1.0, 2.0, -3.0))
+    content += bytes([204]) + bytes([255, 128, 0]) + bytes([128, 144, 160]) + bytes([128, 128, 218])
+    (tmp_path / "a.spz").write_bytes(gzip.compress(content))
+    read = splat_files.read(tmp_path / "a.spz")
+    assert np.allclose(read.means, [[1, 3, 2]])
+    assert np.allclose(read.scales, np.exp([[-2, -1, 0]])) and np.allclose(read.opacities, 0.8)
+    assert np.allclose((read.colors - 0.5) / 0.2820948, [[0.5 / 0.15, 0.5 / 255 / 0.15, -0.5 / 0.15]], atol=1e-4)
+    axis = np.array([128, 128, 218]) / 127.5 - 1
+    turn = Quaternion((1, 0, 0), math.pi / 2) @ Quaternion((math.sqrt(1 - axis @ axis), *axis))
+    assert abs(Quaternion(read.quaternions[0]).dot(turn)) > 1 - 1e-5
+
+
+@pytest.mark.oldest
+def test_what_cannot_be_drawn_is_left_out_and_counted(tmp_path):
+    points = some(10)
+    points.means[0, 0] = np.nan
+    points.scales[1] = 0
+    points.quaternions[2] = 0
+    points.colors[3] = np.inf
+    with np.errstate(divide="ignore"):
+        foreign_ply(tmp_path / "a.ply", points)
+    read = splat_files.read(tmp_path / "a.ply")
+    assert len(read) == 6 and np.allclose(read.means, points.means[4:], atol=1e-6)
+    assert [note.split(" of ")[0] for note in read.notes] == ["a.ply: 2", "a.ply: 1", "a.ply: 1"]
+    thing = import_asset.import_splats(bpy.context, tmp_path / "a.ply")
+    assert "2 of 10 splats have values that are no numbers" in thing["kiln_notes"]
+
+
+@pytest.mark.oldest
+def test_what_is_no_splat_file_is_said_and_nothing_is_imported(tmp_path):
+    whole = tmp_path / "whole.ply"
+    splat_files.write_ply(whole, some(50))
+    good = whole.read_bytes()
+    splat_files.write_spz(tmp_path / "whole.spz", some(50))
+    packed = (tmp_path / "whole.spz").read_bytes()
+    header = b"ply\nformat binary_little_endian 1.0\n"
+    many = good.replace(b"element vertex 50\n", b"element vertex 10000000\n")
+    broken = some(3)
+    broken.means[:] = np.nan
+    splat_files.write_ply(tmp_path / "nothing.ply", broken)
+    cases = [
+        (b"nonsense", "neither a PLY nor an SPZ"),
+        (b"", "neither a PLY nor an SPZ"),
+        (b"ply\nformat ascii 1.0\nelement vertex 1\nproperty float x\nend_header\n0\n", "is ascii"),
+        (b"ply\nformat binary_big_endian 1.0\nelement vertex 1\nproperty float x\nend_header\n", "is binary_big_endian"),
+        (b"ply\n" + b"\x00" * 5000, "header has no end"),
+        (header + b"element vertex 1\nproperty float x\nproperty float y\nend_header\n", "does not hold splats"),
+        (header + b"element chunk 1\nproperty float min_x\nelement vertex 1\nend_header\n", "does not begin with vertices"),
+        (header + b"element vertex 1\nproperty list uchar int x\nend_header\n", "property 'list uchar int x'"),
+        (good[:-100], "ends after 48 of 50"),
+        (good.replace(b"element vertex 50\n", b"element vertex 0\n"), "holds no splats"),
+        (many, "holds 10,000,000 splats; at most 5,000,000"),
+        (packed[:-200], "damaged or not whole"),
+        (gzip.compress(b"some text"), "gzip file, but not SPZ"),
+        (gzip.compress(struct.pack("<IIIBBBB", 0x5053474E, 3, 10**7, 0, 12, 0, 0)), "at most 5,000,000"),
+        (gzip.compress(struct.pack("<IIIBBBB", 0x5053474E, 3, 10, 0, 12, 0, 0)), "ends before its 10"),
+        (gzip.compress(struct.pack("<IIIBBBB", 0x5053474E, 9, 10, 0, 12, 0, 0)), "SPZ version 9"),
+        ((tmp_path / "nothing.ply").read_bytes(), "none of its 3 splats can be drawn"),
+    ]
+    before = len(bpy.data.objects), len(bpy.data.meshes)
+    for content, sentence in cases:
+        (tmp_path / "a.ply").write_bytes(content)
+        with pytest.raises(KilnError, match=sentence) as caught:
+            import_asset.import_splats(bpy.context, tmp_path / "a.ply")
+        assert caught.value.code == "bad-splats"
+    with pytest.raises(KilnError, match="cannot be read"):
+        splat_files.read(tmp_path / "missing.ply")
+    assert (len(bpy.data.objects), len(bpy.data.meshes)) == before
+
+
+@pytest.mark.oldest
+def test_an_import_is_one_undo_step_at_the_cursor_and_leaves_selection_and_mode(tmp_path):
+    splat_files.write_ply(tmp_path / "a.ply", some(30, 1))
+    bpy.context.scene.unit_settings.scale_length = 0.01
+    bpy.ops.mesh.primitive_cube_add()
+    bpy.ops.object.mode_set(mode="EDIT")
+    bpy.context.scene.cursor.location = (1, 2, 3)
+    bpy.ops.ed.undo_push(message="before")
+    thing = import_asset.import_splats(bpy.context, tmp_path / "a.ply")
+    assert bpy.context.object.name == "Cube" and bpy.context.mode == "EDIT_MESH" and not thing.select_get()
+    bpy.context.view_layer.update()
+    points = splat_nodes.points_of(thing)
+    assert np.allclose(points.means, some(30, 1).means + np.array([1, 2, 3]) * 0.01, atol=1e-5)
+    assert np.allclose(points.scales, some(30, 1).scales, rtol=1e-4)
+    bpy.ops.ed.undo()
+    assert "a" not in bpy.data.objects and "Cube" in bpy.data.objects
+
+
+@pytest.mark.oldest
+def test_points_of_follows_crops_transforms_joins_and_modifiers():
+    points = some(40, 2)
+    thing = added(points)
+    thing.location, thing.rotation_euler, thing.scale = (1, 2, 3), (0.3, 0.5, 0.7), (2, -1, 0.5)
+    bpy.context.view_layer.update()
+    matrix = np.array(thing.matrix_world, float)
+    # cropped in Edit Mode, and asked for while still in it
+    bpy.ops.object.mode_set(mode="EDIT")
+    bpy.ops.mesh.select_all(action="DESELECT")
+    bpy.ops.object.mode_set(mode="OBJECT")
+    for vertex in thing.data.vertices:
+        vertex.select = vertex.index < 15
+    bpy.ops.object.mode_set(mode="EDIT")
+    bpy.ops.mesh.delete(type="VERT")
+    now = splat_nodes.points_of(thing)
+    assert bpy.context.mode == "EDIT_MESH" and len(now) == 25
+    bpy.ops.object.mode_set(mode="OBJECT")
+    kept = np.arange(15, 40)
+    assert np.allclose(now.means, points.means[kept] @ matrix[:3, :3].T + matrix[:3, 3], atol=1e-5)
+    linear = matrix[:3, :3]
+    assert np.allclose(covariances(now), linear @ covariances(points)[kept] @ linear.T, atol=1e-5)
+    assert np.allclose(now.colors, points.colors[kept], atol=1e-5) and now.harmonics.shape == (25, 8, 3)
+    # hidden, and with a modifier in front
+    thing.hide_viewport = True
+    array = thing.modifiers.new("Array", "ARRAY")
+    array.use_relative_offset, array.use_constant_offset, array.constant_offset_displace = False, True, (5, 0, 0)
+    thing.modifiers.move(1, 0)
+    twice = splat_nodes.points_of(thing)
+    assert len(twice) == 50
+    assert np.allclose(twice.means[25:] - twice.means[:25], linear @ [5, 0, 0], atol=1e-4)
+    assert [m.name for m in thing.modifiers] == ["Array", "Splats"] and thing.hide_viewport
+    # joined with others
+    thing.hide_viewport = False
+    thing.modifiers.remove(array)
+    other = added(some(10, 2, 1), "other")
+    bpy.context.view_layer.objects.active = thing
+    bpy.ops.object.join()
+    assert len(splat_nodes.points_of(thing)) == 35 and "other" not in bpy.data.objects
+    assert {scene.name for scene in bpy.data.scenes} == {bpy.context.scene.name}
+    del other
+    bpy.ops.mesh.primitive_cube_add()
+    with pytest.raises(KilnError, match="Cube does not hold splats"):
+        splat_nodes.points_of(bpy.context.object)
+
+
+def test_harmonics_turn_with_their_splats():
+    """Seen along a turned direction, turned splats have the colour that they had along the direction before."""
+    points = some(5, 3)
+    turn = np.array(Euler((0.3, -1.1, 2.0)).to_matrix())
+    turned = splat_files.transformed(points, 2 * turn, np.zeros(3))
+    directions = np.random.default_rng(1).normal(size=(50, 3))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    before = np.einsum("dk,nkc->dnc", splat_files.basis(directions, 3)[:, 1:], points.harmonics)
+    after = np.einsum("dk,nkc->dnc", splat_files.basis(directions @ turn.T, 3)[:, 1:], turned.harmonics)
+    assert np.allclose(before, after, atol=1e-5)
+
+
+def picture(path, samples=64):
+    """F12 in Cycles from above: an orthographic camera of 4 x 4, 64 x 64 pixels; straight RGBA in [0, 1], rows top down."""
+    scene = bpy.context.scene
+    camera = bpy.data.objects.new("camera", bpy.data.cameras.new("camera"))
+    scene.collection.objects.link(camera)
+    camera.data.type, camera.data.ortho_scale, camera.location = "ORTHO", 4, (0, 0, 10)
+    scene.camera = camera
+    render = scene.render
+    render.engine, render.resolution_x, render.resolution_y, render.film_transparent = "CYCLES", 64, 64, True
+    render.dither_intensity, render.filepath, scene.view_settings.view_transform = 0, str(path), "Standard"
+    render.image_settings.file_format, render.image_settings.color_mode = "PNG", "RGBA"
+    scene.cycles.samples, scene.cycles.use_denoising, scene.cycles.use_adaptive_sampling = samples, False, False
+    scene.cycles.pixel_filter_type = "BOX"
+    bpy.ops.render.render(write_still=True)
+    bpy.data.objects.remove(camera)
+    return np.asarray(Image.open(path), float) / 255
+
+
+@pytest.mark.parametrize("scale", [(1, 1, 1), (1.5, 0.5, 2.0), (-1, 0.7, 1)])
+def test_f12_shows_gaussians_at_their_size_turn_colour_and_opacity(tmp_path, scale):
+    """Against the projection of the covariance, which for parallel lines of sight is exact, under any object transform."""
+    points = splat_files.Points(
+        means=np.array([[0.3, -0.2, 0.0]]),
+        scales=np.array([[0.6, 0.15, 0.3]], np.float32),
+        quaternions=np.array([Quaternion((1, 2, 3), 1.0)[:]], np.float32),
+        colors=np.array([[0.8, 0.3, 0.1]], np.float32),
+        opacities=np.array([0.8], np.float32),
+    )
+    thing = added(points)
+    thing.rotation_euler, thing.scale = (0.4, 0.2, 0.9), scale
+    bpy.context.view_layer.update()
+    got = picture(tmp_path / "a.png")
+    linear = np.array(thing.matrix_world, float)[:3, :3]
+    place = (linear @ points.means[0])[:2]
+    covariance = (linear @ covariances(points)[0] @ linear.T)[:2, :2]
+    fine = (np.arange(64 * 4) + 0.5) / 256 * 4 - 2  # four lines of sight a pixel and axis
+    x, y = np.meshgrid(fine, -fine)
+    away = np.stack([x, y], -1) - place
+    wanted = 0.8 * np.exp(-0.5 * np.einsum("hwi,ij,hwj->hw", away, np.linalg.inv(covariance), away))
+    wanted = np.where(wanted > 1 / 255, wanted, 0).reshape(64, 4, 64, 4).mean((1, 3))
+    assert np.abs(got[..., 3] - wanted).max() < 0.02 and np.abs(got[..., 3] - wanted).mean() < 0.003
+    assert np.abs(got[wanted > 0.5][:, :3] - [0.8, 0.3, 0.1]).max() < 0.01
+
+
+@pytest.mark.oldest
+def test_the_evaluated_spheres_hold_the_part_of_a_splat_that_is_not_faint():
+    """One sphere a splat, from which opacity has faded to 1/255: its axes are those of the splat."""
+    turn = Quaternion((1, 0, 0), 0.7) @ Quaternion((0, 0, 1), 0.4)
+    points = splat_files.Points(
+        means=np.array([[1.0, 2, 3], [5, 5, 5]]),
+        scales=np.array([[0.4, 0.1, 0.2]] * 2, np.float32),
+        quaternions=np.array([turn[:]] * 2, np.float32),
+        colors=np.full((2, 3), 0.5, np.float32),
+        opacities=np.array([0.8, 0.001], np.float32),
+    )
+    added(points)
+    shown = [np.array(entry.matrix_world) for entry in bpy.context.evaluated_depsgraph_get().object_instances if entry.is_instance]
+    assert len(shown) == 1  # the second is fainter than what can be seen
+    reach = math.sqrt(2 * math.log(0.8 * 255))
+    assert np.allclose(shown[0][:3, 3], (1, 2, 3), atol=1e-6)
+    assert np.allclose(shown[0][:3, :3], np.array(turn.to_matrix()) * np.array([0.4, 0.1, 0.2]) * reach, atol=1e-4)
+
+
+def test_f12_shows_what_depends_on_the_direction_of_view(tmp_path):
+    points = some(1, 3, 4)
+    points.means[:] = 0
+    points.scales[:] = 0.6
+    points.opacities[:] = 0.95
+    points.colors[:] = 0.5
+    for turn in (Euler((0, 0, 0)), Euler((1.2, 0.3, -0.8))):
+        thing = added(points)
+        thing.rotation_euler = turn
+        bpy.context.view_layer.update()
+        got = picture(tmp_path / "a.png", 4)[30:34, 30:34, :3].mean((0, 1))
+        along = np.array(turn.to_matrix()).T @ [0, 0, -1]  # from the viewer, in the splat's own world
+        wanted = 0.5 + splat_files.basis(along[None], 3)[0, 1:] @ points.harmonics[0]
+        assert np.ptp(wanted) > 0.05 and np.abs(got - np.clip(wanted, 0, 1)).max() < 0.01
+        bpy.data.objects.remove(thing)
+
+
+def test_matrices_and_quaternions_are_blenders():
+    points = some(30)
+    for quaternion, matrix in zip(points.quaternions, splat_files.rotations(points.quaternions), strict=True):
+        assert np.allclose(matrix, np.array(Matrix(Quaternion(quaternion).to_matrix())), atol=1e-6)
