@@ -19,12 +19,12 @@ from pathlib import Path
 
 import bpy
 
-from . import capture, properties, session
+from . import capture, export, properties, rebake, session
 from .import_asset import Imported
 from .protocol import recipes
 from .protocol.errors import KilnError
 
-__all__ = ["Imported", "KilnError", "reconstruct", "run"]
+__all__ = ["Imported", "KilnError", "mesh_splats", "reconstruct", "run"]
 
 
 def reconstruct(source, preset: str = "standard", save_to: str | Path | None = None, **parameters) -> Imported:
@@ -36,13 +36,25 @@ def reconstruct(source, preset: str = "standard", save_to: str | Path | None = N
     return run("reconstruct", source, preset, save_to, **parameters)
 
 
-def run(recipe: str, source, preset: str = "standard", save_to: str | Path | None = None, **parameters) -> Imported:
-    """Like `reconstruct`, for any recipe by its name."""
+def mesh_splats(source, preset: str = "standard", save_to: str | Path | None = None, **parameters) -> Imported:
+    """Makes a textured mesh of Gaussian splats and imports it.
+
+    `source`: an object that holds splats, or its name; or the path of a .ply or .spz file. The rest as of `reconstruct`.
+    """
+    return run("mesh_splats", source, preset, save_to, **parameters)
+
+
+def run(recipe: str, source, preset: str = "standard", save_to: str | Path | None = None, quads: int = 0, **parameters) -> Imported:
+    """Like `reconstruct`, for any recipe by its name. `quads`: about how many quads to remesh the result to; 0 leaves its triangles."""
     named = {properties.identifier(parameter.name): parameter.name for parameter in recipes.parameters(recipes.recipe_named(recipe))}
     values = {named.get(name, name): value for name, value in parameters.items()}
     made = recipes.make(recipe, values, preset)  # refuses what is unknown or out of range
     now = session.current
-    if isinstance(source, bpy.types.Collection):
+    if made.INPUT == "splats" and (isinstance(source, Path) or isinstance(source, str) and source.lower().endswith(export.SUFFIXES)):
+        subject = export.subject(bpy.context, file=source)
+    elif made.INPUT == "splats":
+        subject = export.subject(bpy.context, thing=_objects(source)[0])
+    elif isinstance(source, bpy.types.Collection):
         subject = capture.subject(bpy.context, collection=source)
     else:
         subject = capture.subject(bpy.context, objects=_objects(source))
@@ -50,7 +62,10 @@ def run(recipe: str, source, preset: str = "standard", save_to: str | Path | Non
     now.wait_for_results(job)
     if save_to is not None:
         shutil.copytree(job.results, save_to, dirs_exist_ok=True)
-    return now.import_results(bpy.context, job)
+    imported = now.import_results(bpy.context, job)
+    if quads:
+        rebake.remesh_quads(bpy.context, imported.mesh_object, quads)
+    return imported
 
 
 def _objects(source) -> list[bpy.types.Object]:

@@ -4,10 +4,10 @@ with progress on the terminal; with a window they return at once and the timer g
 from pathlib import Path
 
 import bpy
-from bpy.props import BoolProperty, EnumProperty, IntProperty, StringProperty
+from bpy.props import BoolProperty, CollectionProperty, EnumProperty, FloatProperty, IntProperty, StringProperty
 from bpy_extras.io_utils import ImportHelper
 
-from . import import_asset, preferences, properties, session
+from . import import_asset, preferences, properties, rebake, session
 from .protocol import connection, recipes
 from .protocol.errors import KilnError
 
@@ -35,7 +35,7 @@ def every_parameter() -> dict[str, recipes.Parameter]:
 
 
 class KILN_OT_generate(bpy.types.Operator):
-    """Render the selection from all sides and make an asset of it"""
+    """Make an asset of the source: render it from all sides, or send its splats"""
 
     bl_idname = "kiln.generate"
     bl_label = "Generate"
@@ -55,13 +55,16 @@ class KILN_OT_generate(bpy.types.Operator):
             options={"SKIP_SAVE"},
         ),
         "collection": StringProperty(name="Collection", description="Capture this collection, not the selection", options={"SKIP_SAVE"}),
+        "file": StringProperty(
+            name="Splat File", description="Take these splats, not the active object", subtype="FILE_PATH", options={"SKIP_SAVE"}
+        ),
         **{name: properties.blender_property(parameter, options={"SKIP_SAVE"}) for name, parameter in every_parameter().items()},
     }
 
     @classmethod
     def poll(cls, context):
         if session.current is None or session.current.capture:
-            cls.poll_message_set("Kiln is rendering views")
+            cls.poll_message_set("Kiln is preparing a job")
             return False
         return True
 
@@ -82,7 +85,8 @@ class KILN_OT_generate(bpy.types.Operator):
     def begin(self, context) -> None:
         """Everything that can refuse before the first view is rendered."""
         name, values = self.values(context)
-        subject = session.chosen_subject(context, self.collection if self.properties.is_property_set("collection") else None)
+        collection, file = (getattr(self, given) if self.properties.is_property_set(given) else None for given in ("collection", "file"))
+        subject = session.chosen_subject(context, name, collection, file)
         self.shoot = session.Shoot(subject, recipes.make(name, values))
 
     def invoke(self, context, event):
@@ -94,7 +98,7 @@ class KILN_OT_generate(bpy.types.Operator):
             return refuse(self, error)
         self.timer = context.window_manager.event_timer_add(0.01, window=context.window)
         context.window_manager.modal_handler_add(self)
-        context.workspace.status_text_set(f"Kiln renders {self.shoot.title} · Esc: stop")
+        context.workspace.status_text_set(f"Kiln: {self.shoot.doing} {self.shoot.title} · Esc: stop")
         session.redraw()
         return {"RUNNING_MODAL"}
 
@@ -108,7 +112,7 @@ class KILN_OT_generate(bpy.types.Operator):
             if self.shoot.step():
                 session.redraw()
                 return {"RUNNING_MODAL"}
-            self.shoot.submit()
+            self.submitted(context, self.shoot.submit())
         except KilnError as error:
             self.cancel(context)
             return refuse(self, error)
@@ -117,6 +121,11 @@ class KILN_OT_generate(bpy.types.Operator):
             raise
         self.leave(context)
         return {"FINISHED"}
+
+    def submitted(self, context, job: session.Job) -> session.Job:
+        settings = context.scene.kiln
+        job.quads = settings.quad_faces if settings.quads else 0
+        return job
 
     def cancel(self, context):
         """Esc, an error, or Blender closing: the scene is as it was."""
@@ -132,10 +141,12 @@ class KILN_OT_generate(bpy.types.Operator):
         """From a script: renders at once. In `blender -b` also waits for the result and imports it."""
         try:
             self.begin(context)
-            job = self.shoot.all_at_once()
+            job = self.submitted(context, self.shoot.all_at_once())
             if bpy.app.background:
                 session.current.wait_for_results(job)
-                session.current.import_results(context, job)
+                made = session.current.import_results(context, job)
+                if job.quads:
+                    rebake.remesh_quads(context, made.mesh_object, job.quads)
         except KilnError as error:
             return refuse(self, error)
         return {"FINISHED"}
@@ -220,6 +231,194 @@ class KILN_OT_show(JobOperator, bpy.types.Operator):
     def act(self, context, job):
         for collection in session.imports_of(job):
             import_asset.show(collection, self.what)
+
+
+class KILN_OT_import_splats(ImportHelper, bpy.types.Operator):
+    """Import Gaussian splats from PLY or SPZ files"""
+
+    bl_idname = "kiln.import_splats"
+    bl_label = "Import Splats"
+    bl_options = {"REGISTER"}  # the import makes its own undo step
+
+    filename_ext = ".ply"
+    filter_glob: StringProperty(default="*.ply;*.spz", options={"HIDDEN"})
+    directory: StringProperty(subtype="DIR_PATH", options={"SKIP_SAVE", "HIDDEN"})
+    files: CollectionProperty(type=bpy.types.OperatorFileListElement, options={"SKIP_SAVE", "HIDDEN"})
+
+    @classmethod
+    def poll(cls, context):
+        if context.mode != "OBJECT":
+            cls.poll_message_set("Leave the mode that you are in")
+            return False
+        return True
+
+    def invoke(self, context, event):
+        if self.files and self.directory:  # dropped: the files are chosen already
+            return self.execute(context)
+        return super().invoke(context, event)
+
+    def execute(self, context):
+        paths = [Path(self.directory, file.name) for file in self.files if file.name] if self.directory else []
+        try:
+            for path in paths or [Path(self.filepath)]:
+                made = import_asset.import_splats(context, path)
+                for note in made.get("kiln_notes", "").splitlines():
+                    self.report({"WARNING"}, note)
+        except KilnError as error:
+            return refuse(self, error)
+        return {"FINISHED"}
+
+
+class KILN_FH_splats(bpy.types.FileHandler):
+    """Splats dropped into a viewport. Not PLY, which Blender's own importer of meshes takes."""
+
+    bl_idname = "KILN_FH_splats"
+    bl_label = "Gaussian Splats"
+    bl_import_operator = "kiln.import_splats"
+    bl_file_extensions = ".spz"
+
+    @classmethod
+    def poll_drop(cls, context):
+        return context.area is not None and context.area.type in ("VIEW_3D", "OUTLINER")
+
+
+def import_menu(self, context):
+    self.layout.operator("kiln.import_splats", text="Gaussian Splats (.ply/.spz)")
+
+
+class ResultOperator:
+    """Bakes the maps of an imported result anew, in one go: first says so, then Blender is busy with it."""
+
+    result: StringProperty(name="Result", description="The result's mesh object; empty: the active object", options={"SKIP_SAVE"})
+
+    @classmethod
+    def poll(cls, context):
+        if session.current is None or session.current.capture:
+            cls.poll_message_set("Kiln is preparing a job")
+            return False
+        if context.mode != "OBJECT":
+            cls.poll_message_set("Leave the mode that you are in")
+            return False
+        return True
+
+    def mesh(self, context) -> bpy.types.Object:
+        """The result to work on, or KilnError."""
+        thing = context.scene.objects.get(self.result) if self.result else context.view_layer.objects.active
+        if not rebake.is_result(thing):
+            what = f"{thing.name} is no result of Kiln." if thing else f"There is no result {self.result!r}."
+            raise KilnError("bad-target", what, "Select the mesh of an imported result.")
+        return thing
+
+    def start(self, context):
+        """Says what comes and has it begin after the screen shows that."""
+        context.workspace.status_text_set(self.saying)
+        self.timer = context.window_manager.event_timer_add(0.1, window=context.window)
+        self.ticks = 0
+        context.window_manager.modal_handler_add(self)
+        return {"RUNNING_MODAL"}
+
+    def modal(self, context, event):
+        if event.type != "TIMER":
+            return {"RUNNING_MODAL"}
+        self.ticks += 1
+        if self.ticks < 3:
+            return {"RUNNING_MODAL"}
+        self.cancel(context)
+        return self.execute(context)
+
+    def cancel(self, context):
+        context.window_manager.event_timer_remove(self.timer)
+        context.workspace.status_text_set(None)
+
+    def execute(self, context):
+        manager = context.window_manager
+        manager.progress_begin(0, 100)
+        try:
+            self.work(context, self.mesh(context), lambda fraction, text: manager.progress_update(100 * fraction))
+        except KilnError as error:
+            return refuse(self, error)
+        finally:
+            manager.progress_end()
+        session.redraw()
+        return {"FINISHED"}
+
+
+class KILN_OT_retexture(ResultOperator, bpy.types.Operator):
+    """Make a copy of the source that wears this result's maps on its own topology and UVs"""
+
+    bl_idname = "kiln.retexture"
+    bl_label = "Retexture Source"
+    bl_options = {"REGISTER", "UNDO"}
+    saying = "Kiln bakes the result's maps onto the source's UVs"
+
+    target: StringProperty(name="Object", description="What to retexture a copy of; empty: the result's source", options={"SKIP_SAVE"})
+    size: IntProperty(name="Texture Size", description="Width and height of the new maps", default=1024, min=64, max=8192, subtype="PIXEL")
+    uv_map: StringProperty(name="UV Map", description="Empty: the one that renders use", options={"SKIP_SAVE"})
+    distance: FloatProperty(
+        name="Ray Distance",
+        description="How far result and source may lie apart. 0: 2 % of the source's size",
+        default=0.0, min=0.0, subtype="DISTANCE", options={"SKIP_SAVE"},
+    )  # fmt: skip
+    unwrap: BoolProperty(
+        name="Unwrap the Copy", description="Lay the copy's UVs out anew (Smart UV Project)", default=False, options={"SKIP_SAVE"}
+    )
+
+    def source(self, context, mesh) -> bpy.types.Object:
+        if self.target:
+            found = context.scene.objects.get(self.target)
+            if found is None or found.type not in rebake.TARGETS or found == mesh:
+                raise KilnError("bad-target", f"{self.target} cannot be retextured.", "Choose another object with a surface.")
+            return found
+        found = rebake.source_of(mesh, context.scene)
+        if found is None:
+            raise KilnError("bad-target", f"The source of {mesh.name} is not in this scene.", "Choose the object to retexture.")
+        return found
+
+    def invoke(self, context, event):
+        if bpy.app.background:
+            return self.execute(context)
+        try:
+            mesh = self.mesh(context)
+        except KilnError as error:
+            return refuse(self, error)
+        self.result, found = mesh.name, rebake.source_of(mesh, context.scene)
+        self.target = self.target or (found.name if found else "")
+        return context.window_manager.invoke_props_dialog(self)
+
+    def draw(self, context):
+        layout = self.layout
+        layout.use_property_split = True
+        layout.use_property_decorate = False
+        layout.prop_search(self, "target", context.scene, "objects")
+        found = context.scene.objects.get(self.target)
+        layout.prop(self, "unwrap")
+        if not self.unwrap and found is not None and found.type == "MESH":
+            layout.prop_search(self, "uv_map", found.data, "uv_layers")
+        layout.prop(self, "size")
+        layout.prop(self, "distance")
+
+    def work(self, context, mesh, report):
+        rebake.retexture(
+            context, mesh, self.source(context, mesh), self.size, self.uv_map, self.distance, self.unwrap, report
+        )  # fmt: skip
+
+
+class KILN_OT_remesh_quads(ResultOperator, bpy.types.Operator):
+    """Turn this result's triangles into quads (QuadriFlow) and bake its maps onto them; undo brings the triangles back"""
+
+    bl_idname = "kiln.remesh_quads"
+    bl_label = "Remesh to Quads"
+    bl_options = {"REGISTER", "UNDO"}
+    saying = "Kiln remeshes the result to quads and bakes its maps anew"
+
+    faces: IntProperty(name="Faces", description="About how many quads", default=5000, min=50, max=500_000)
+    size: IntProperty(name="Texture Size", description="0: as large as now", default=0, min=0, max=8192, options={"SKIP_SAVE"})
+
+    def invoke(self, context, event):
+        return self.execute(context) if bpy.app.background else self.start(context)
+
+    def work(self, context, mesh, report):
+        rebake.remesh_quads(context, mesh, self.faces, self.size, report)
 
 
 class KILN_OT_remove_job(JobOperator, bpy.types.Operator):
@@ -460,15 +659,17 @@ CLASSES = (
     KILN_OT_generate, KILN_OT_cancel_job, KILN_OT_retry_job, KILN_OT_import_job, KILN_OT_show, KILN_OT_remove_job, KILN_OT_start_backend,
     KILN_OT_stop_backend, KILN_OT_set_up_backend, KILN_OT_set_up_from_bundle, KILN_OT_repair_backend, KILN_OT_remove_backend,
     KILN_OT_cancel_set_up, KILN_OT_connect, KILN_OT_use_local, KILN_OT_reset_parameters, KILN_OT_dismiss, KILN_OT_copy_details,
-    KILN_OT_open_log, KILN_OT_announce,
+    KILN_OT_open_log, KILN_OT_announce, KILN_OT_import_splats, KILN_FH_splats, KILN_OT_retexture, KILN_OT_remesh_quads,
 )  # fmt: skip
 
 
 def register():
     for cls in CLASSES:
         bpy.utils.register_class(cls)
+    bpy.types.TOPBAR_MT_file_import.append(import_menu)
 
 
 def unregister():
+    bpy.types.TOPBAR_MT_file_import.remove(import_menu)
     for cls in reversed(CLASSES):
         bpy.utils.unregister_class(cls)

@@ -5,8 +5,8 @@ import time
 import blf
 import bpy
 
-from . import preferences, properties, session
-from .protocol import recipes
+from . import preferences, properties, rebake, session
+from .protocol import estimates, recipes
 from .protocol.client import FINAL
 from .protocol.errors import KilnError
 
@@ -88,6 +88,39 @@ def time_text(seconds: float) -> str:
     return f"{seconds // 60} min {seconds % 60:02d} s" if seconds < 3600 else f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
+def about_text(seconds: float) -> str:
+    """A time that is only about right: no more digits than it deserves."""
+    step = next(step for limit, step in ((20, 1), (100, 5), (600, 10), (3600, 60), (float("inf"), 300)) if seconds < limit)
+    seconds = max(step, round(seconds / step) * step)
+    if seconds < 100:
+        return f"{seconds} s"
+    minutes, rest = divmod(seconds, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s" if rest else f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes % 60 else f"{minutes // 60} h"
+
+
+def estimate_text(expected: estimates.Estimate) -> str:
+    where = f"on {(session.current.backend['hello'] or {}).get('host', 'the other computer')}" if session.current.backend["remote"] else (
+        "on this computer"
+    )  # fmt: skip
+    return f"About {about_text(expected.seconds)}, {size_text(expected.bytes)} {where}"
+
+
+def takes(recipe: type, values: dict) -> str:
+    """For the tooltips of presets."""
+    return estimate_text(session.current.estimate(recipe.NAME, values)) if session.current else ""
+
+
+def memory_warning(expected: estimates.Estimate) -> str:
+    """A sentence where a job wants more main memory than the backend's machine has free; "" elsewhere."""
+    free = session.current.device.get("free_memory") or 0
+    if not free or session.current.gpu or expected.bytes <= free:
+        return ""
+    needs = f"This needs {size_text(expected.bytes)} of memory, and {size_text(free)} are free."
+    return f"{needs} Close other programs, or choose a lower preset."
+
+
 def day_text(moment: float) -> str:
     """The time of today, the day of other days."""
     then, today = time.localtime(moment), time.localtime()
@@ -149,6 +182,9 @@ def draw_backend(layout, context) -> None:
             split = layout.split(factor=0.32)
             split.label(text=label)
             split.label(text=words or "Not known yet")
+    without = (hello.get("device") or {}).get("problem")
+    if without:
+        draw_text(layout, context, f"No GPU is used: {without}", "INFO")
     if backend["remote"]:
         split = layout.split(factor=0.32)
         split.label(text="File")
@@ -175,11 +211,11 @@ def draw_backend(layout, context) -> None:
     layout.operator("kiln.connect", text="Use Another Computer's…", icon="LINKED")
 
 
-def draw_parameters(layout, group, recipe: type, advanced: bool) -> None:
+def draw_parameters(layout, group, recipe: type, advanced: bool, without: tuple[str, ...] = ()) -> None:
     """The recipe's controls, each group under its name."""
     heading, column = None, None
     for parameter in recipes.parameters(recipe):
-        if parameter.advanced != advanced:
+        if parameter.advanced != advanced or parameter.name in without:
             continue
         name = parameter.group if "." in parameter.name else ""
         if column is None or name != heading:
@@ -232,51 +268,72 @@ class KILN_PT_generate(KilnPanel, bpy.types.Panel):
         recipe = recipes.RECIPES[settings.recipe]
         group = getattr(settings, settings.recipe)
 
+        if len(recipes.RECIPES) > 1:
+            layout.prop(settings, "recipe", text="")
         box = layout.box()
-        box.row().prop(settings, "source", expand=True)
-        if settings.source == "COLLECTION":
-            box.prop(settings, "collection", text="")
-        try:
-            subject = session.chosen_subject(context)
-        except KilnError as error:
-            subject = None
-            draw_text(box, context, error.message, "INFO")
-            draw_text(box, context, error.hint, "BLANK1")
-        else:
-            if settings.source == "SELECTION":
-                box.label(text=subject.title, icon="OBJECT_DATA" if subject.kind == "object" else "GROUP")
+        subject = self.draw_source(box, context, settings, recipe)
 
         column = layout.column()
         column.use_property_split = True
         column.use_property_decorate = False
-        if len(recipes.RECIPES) > 1:
-            column.prop(settings, "recipe")
         row = column.row(align=True)
         row.prop(group, "preset", expand=False)
         changed = properties.changed(group, recipe)
         if changed:
             row.operator("kiln.reset_parameters", text="", icon="LOOP_BACK")
+        expected = now.estimate(settings.recipe, properties.values(group, recipe), getattr(subject, "count", None))
+        draw_text(column, context, estimate_text(expected), "TIME")
+        if memory_warning(expected):
+            draw_text(column, context, memory_warning(expected), "ERROR")
         header, body = column.panel("kiln_parameters", default_closed=True)
         header.label(text=f"Parameters ({len(changed)} changed)" if changed else "Parameters")
         if body:
-            draw_parameters(body, group, recipe, advanced=False)
+            placed = recipe.INPUT == "splats" and settings.splats_source == "OBJECT"
+            draw_parameters(body, group, recipe, advanced=False, without=("subject.up",) if placed else ())
             header, body = body.panel("kiln_advanced", default_closed=True)
             header.label(text="Advanced")
             if body:
                 draw_parameters(body, group, recipe, advanced=True)
+        row = column.row(align=True, heading="Quads")
+        row.prop(settings, "quads", text="")
+        part = row.row(align=True)
+        part.active = settings.quads
+        part.prop(settings, "quad_faces", text="")
 
         if now.capture:
             done, total, title = now.capture
-            layout.progress(factor=done / total, text=f"Rendering {done / total:.0%}")
-            draw_text(layout, context, f"Rendering {title} from all sides. Esc stops it.")
+            layout.progress(factor=done / total, text=f"Preparing {done / total:.0%}")
+            draw_text(layout, context, f"Preparing {title}. Esc stops it.")
         else:
             column = layout.column()
             column.scale_y = 1.8
             column.enabled = subject is not None
             column.operator("kiln.generate", text="Generate", icon="SHADERFX")
-            seconds = now.expected_seconds(settings.recipe, properties.values(group, recipe))
-            if seconds:
-                draw_text(layout, context, f"Took up to {time_text(seconds)} with these settings", "TIME")
+
+    @staticmethod
+    def draw_source(box, context, settings, recipe):
+        """What the recipe starts from, and the subject that this makes; None with a sentence why there is none."""
+        if recipe.INPUT == "splats":
+            box.row().prop(settings, "splats_source", expand=True)
+            if settings.splats_source == "FILE":
+                box.prop(settings, "splats_file", text="")
+        else:
+            box.row().prop(settings, "source", expand=True)
+            if settings.source == "COLLECTION":
+                box.prop(settings, "collection", text="")
+        subject = None
+        try:
+            subject = session.chosen_subject(context)
+        except KilnError as error:
+            draw_text(box, context, error.message, "INFO")
+            draw_text(box, context, error.hint, "BLANK1")
+        if subject is not None and subject.kind == "splats":
+            box.label(text=f"{subject.title}: {subject.count:,} splats", icon="POINTCLOUD_DATA")
+        elif subject is not None and subject.kind in ("object", "objects"):
+            box.label(text=subject.title, icon="OBJECT_DATA" if subject.kind == "object" else "GROUP")
+        if recipe.INPUT == "splats":
+            box.operator("kiln.import_splats", text="Import Splats…", icon="IMPORT")
+        return subject
 
 
 class KILN_UL_jobs(bpy.types.UIList):
@@ -350,10 +407,17 @@ class KILN_PT_jobs(KilnPanel, bpy.types.Panel):
                 for what in ("mesh", "splats", "both"):
                     show = row.operator("kiln.show", text=what.capitalize())
                     show.job, show.what = data["id"], what
+            mesh = next((thing for collection in imported for thing in collection.objects if rebake.is_result(thing)), None)
+            if mesh:
+                row = box.row(align=True)
+                row.operator("kiln.retexture", text="Retexture…", icon="UV").result = mesh.name
+                quads = row.operator("kiln.remesh_quads", text="Quads", icon="MOD_REMESH")
+                quads.result, quads.faces = mesh.name, context.scene.kiln.quad_faces
         elif state == "failed":
             draw_error(box, context, KilnError.from_wire(data["error"] or {}), job=data["id"])
         else:
             draw_text(box, context, "Cancelled", "X")
+        self.draw_log(box, context, job.log)
         row = box.row(align=True)
         if state in ("queued", "running", "cancelling"):
             row.enabled = state != "cancelling"
@@ -365,6 +429,16 @@ class KILN_PT_jobs(KilnPanel, bpy.types.Panel):
             row.operator("kiln.retry_job", icon="FILE_REFRESH").job = data["id"]
         row.operator("kiln.remove_job", icon="TRASH").job = data["id"]
 
+    @staticmethod
+    def draw_log(box, context, lines: list[str]):
+        """What the backend said about a job, such as why it used no GPU: a little at once, more on demand."""
+        body = box
+        if len(lines) > 2:
+            header, body = box.panel("kiln_log", default_closed=True)
+            header.label(text=f"Log ({len(lines)})")
+        for line in lines if body else ():
+            draw_text(body, context, line, "INFO")
+
 
 CLASSES = (KILN_UL_jobs, KILN_PT_backend, KILN_PT_generate, KILN_PT_jobs)
 
@@ -372,8 +446,10 @@ CLASSES = (KILN_UL_jobs, KILN_PT_backend, KILN_PT_generate, KILN_PT_jobs)
 def register():
     for cls in CLASSES:
         bpy.utils.register_class(cls)
+    properties.takes = takes
 
 
 def unregister():
+    properties.takes = lambda recipe, values: ""
     for cls in reversed(CLASSES):
         bpy.utils.unregister_class(cls)

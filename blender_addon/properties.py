@@ -2,7 +2,7 @@
 `fit_iterations` here, in `scene.kiln.reconstruct` and in `bpy.ops.kiln.generate`."""
 
 import bpy
-from bpy.props import BoolProperty, CollectionProperty, EnumProperty, FloatProperty, IntProperty, PointerProperty
+from bpy.props import BoolProperty, CollectionProperty, EnumProperty, FloatProperty, IntProperty, PointerProperty, StringProperty
 from bpy.types import PropertyGroup
 
 from .protocol import recipes
@@ -36,14 +36,34 @@ def preset_items(recipe: type) -> list[tuple[str, str, str]]:
     return [(name, name.capitalize(), PRESET_HELP.get(name, "")) for name in recipe.PRESETS]
 
 
+def takes(recipe: type, values: dict) -> str:
+    """What a job will take, in words; the panel says how, "" as long as it is not there."""
+    return ""
+
+
+_shown_items: dict[tuple, list] = {}  # Blender does not keep the texts of items that a function returns
+
+
+def _preset_items_now(recipe: type) -> list[tuple[str, str, str, str, int]]:
+    """The presets with what each takes on the backend that is there now."""
+    told = []
+    for name in recipe.PRESETS:
+        words = takes(recipe, recipes.values(recipes.make(recipe.NAME, preset=name)))
+        told.append(f"{PRESET_HELP.get(name, '')}. {words}" if words else PRESET_HELP.get(name, ""))
+    key = (recipe.NAME, *told)
+    if key not in _shown_items:
+        _shown_items[key] = [(name, name.capitalize(), told[i], "NONE", i) for i, name in enumerate(recipe.PRESETS)]
+    return _shown_items[key]
+
+
 def _group_class(recipe: type) -> type:
     """The PropertyGroup of one recipe: its preset and every parameter."""
     annotations = {
         "preset": EnumProperty(
             name="Preset",
             description="Sets every parameter; change single ones afterwards",
-            items=preset_items(recipe),
-            default="standard",
+            items=lambda group, context: _preset_items_now(recipe),
+            default=list(recipe.PRESETS).index("standard"),
             update=lambda group, context: apply_preset(group, recipe, group.preset),
         )
     }
@@ -107,6 +127,20 @@ class KilnSettings(PropertyGroup):
             ],
         ),
         "collection": PointerProperty(type=bpy.types.Collection, name="Collection", description="What to capture"),
+        "splats_source": EnumProperty(
+            name="Splats",
+            description="Which splats to make a mesh of",
+            items=[
+                ("OBJECT", "Active Object", "Splats in this scene, as cropped and placed: those of a result, or imported ones"),
+                ("FILE", "File", "A .ply or .spz file, without importing it"),
+            ],
+        ),
+        "splats_file": StringProperty(name="Splat File", description="A .ply or .spz file of Gaussian splats", subtype="FILE_PATH"),
+        "quads": BoolProperty(
+            name="Quads",
+            description="Remesh each result to quads when it comes in (QuadriFlow), with maps baked anew. Blender waits meanwhile",
+        ),
+        "quad_faces": IntProperty(name="Faces", description="About how many quads", default=5000, min=50, max=500_000),
         **{name: PointerProperty(type=group) for name, group in GROUPS.items()},
     }
 

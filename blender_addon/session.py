@@ -11,6 +11,7 @@ import json
 import os
 import queue
 import shutil
+import statistics
 import sys
 import tempfile
 import threading
@@ -25,14 +26,15 @@ from pathlib import Path
 import bpy
 import bpy.utils.previews
 
-from . import capture, environment, import_asset, preferences, properties
+from . import capture, environment, export, import_asset, preferences, properties
 from .backend_link import Link, Where, tail
-from .protocol import VERSION, connection, recipes
+from .protocol import VERSION, connection, estimates, recipes
 from .protocol.client import FINAL
 from .protocol.errors import Cancelled, KilnError
 
 BUSY, IDLE = 0.1, 0.5  # seconds between two looks at the queues
 STORED = ("artifacts", "uploads", "stages", "runs", "temporary", "logs")  # the backend's folders in Kiln's home, beside its database
+LOG_LINES = 20  # of a job's log, kept for the panel
 ICONS = {"queued": "TIME", "running": "RENDER_ANIMATION", "cancelling": "CANCEL", "done": "CHECKMARK", "failed": "ERROR", "cancelled": "X"}
 
 
@@ -49,6 +51,9 @@ class Job:
     asked: bool = False  # by the Import button: a running tool does not hold it up
     inputs: dict = field(default_factory=dict)  # what the backend has not got yet
     views: Path | None = None  # the folder of those files, kept until they have arrived
+    quads: int = 0  # faces to remesh the imported mesh to; 0 leaves its triangles
+    cached: bool = False  # a stage was found finished: the job's seconds are not those of the work
+    log: list[str] = field(default_factory=list)  # the backend's last lines about it
 
     @property
     def state(self) -> str:
@@ -73,7 +78,7 @@ class Session:
         self.backend: dict = {"state": "looking", "text": "", "error": None, "hello": None, "remote": False}
         self.jobs: dict[str, Job] = {}
         self.notices: list[Notice] = []
-        self.capture: tuple[int, int, str] | None = None  # view, views, title of the capture under way
+        self.capture: tuple[int, int, str] | None = None  # done, all, title of the views or splats that are being prepared
         self.setting_up: SetUp | None = None
         self.file = 0  # counts opened files, so that a result never lands in a file that it was not made in
         self.tab_seen = False  # set by the panel's first draw
@@ -81,6 +86,7 @@ class Session:
         self.disk: int | None = None  # bytes of the backend's environment
         self.environment = "missing"  # environment.state()
         self.pictures = bpy.utils.previews.new()
+        self._speeds: dict[str, float] = {}  # by recipe, until a job or the backend changes
         self._then: dict[int, Callable] = {}
         self._starting = 0  # ticket of the last "start" until it is answered
         self._uploads: dict[int, str] = {}
@@ -146,8 +152,8 @@ class Session:
         if error:
             raise error
 
-    def submit(self, recipe, inputs: dict, source: dict, title: str, views: Path, picture: Path) -> Job:
-        """Sends captured inputs off as a job. `views` holds their files and is removed after they have arrived."""
+    def submit(self, recipe, inputs: dict, source: dict, title: str, views: Path, picture: Path | None) -> Job:
+        """Sends a recipe's inputs off as a job. `views` holds their files and is removed after they have arrived."""
         shown = {
             "id": f"sending-{uuid.uuid4().hex}", "recipe": recipe.NAME, "parameters": recipes.values(recipe), "title": title,
             "source": source, "state": "queued", "stage": "", "fraction": 0.0, "text": "", "created": time.time(), "started": None,
@@ -318,6 +324,9 @@ class Session:
         if job and job.state not in FINAL:
             if event["kind"] == "stage":
                 job.data.update(stage=event["stage"], fraction=0.0, text="")
+                job.cached = job.cached or event["cached"]
+            elif event["kind"] == "log":
+                job.log = [*job.log, event["text"]][-LOG_LINES:]
             elif event["kind"] == "progress":
                 job.data.update(fraction=event["fraction"], text=event["text"])
 
@@ -357,7 +366,9 @@ class Session:
             elif not why_import_waits(job):
                 try:
                     with bpy.context.temp_override(window=main_window()):
-                        self.import_results(bpy.context, job)
+                        made = self.import_results(bpy.context, job)
+                        if job.quads:  # a modal operator: it says what it does before Blender is busy with it
+                            bpy.ops.kiln.remesh_quads("INVOKE_DEFAULT", result=made.mesh_object.name, faces=job.quads)
                 except KilnError as error:
                     job.wants_import = False
                     self.note(error)
@@ -515,6 +526,7 @@ class Session:
 
     def _sync_rows(self, select: str | None = None) -> None:
         """Makes the job list's rows, which Blender needs as properties, those of `self.jobs`."""
+        self._speeds.clear()
         window = bpy.context.window_manager.kiln
         wanted = [job.data["id"] for job in self.listed()]
         if wanted != [row.name for row in window.jobs]:
@@ -548,6 +560,47 @@ class Session:
         ]
         return max(took, default=None)
 
+    def speed(self, recipe: str) -> float:
+        """How fast this backend is beside two quiet cores: as its finished jobs tell, those of this recipe where there are any; without
+        one, from its cores. Asked at each redraw, so that it is kept until something changes."""
+        if recipe not in self._speeds:
+            measured = self._measured(recipe) or self._measured(*recipes.RECIPES)
+            guess = estimates.speed_of(self.device)
+            self._speeds[recipe] = min(max(statistics.median(measured), 0.05), 20.0) if measured else guess
+        return self._speeds[recipe]
+
+    def _measured(self, *names: str) -> list[float]:
+        """Of each set of parameters among the newest finished jobs, the seconds that two quiet cores would take over those that it took.
+        The slowest of jobs with the same parameters counts: the others may have found finished stages."""
+        found: dict[str, tuple[float, float]] = {}
+        for job in self.listed()[:50]:
+            data = job.data
+            if data["state"] == "done" and data["attempts"] == 1 and not job.cached and data["recipe"] in names:
+                with suppress(KeyError, TypeError):  # parameters of another version of Kiln
+                    expected = estimates.backend_seconds(data["recipe"], data["parameters"], self.gpu, (data["source"] or {}).get("splats"))
+                    took = data["finished"] - data["started"]
+                    key = json.dumps([data["recipe"], data["parameters"]], sort_keys=True)
+                    if took > found.get(key, (0.0, 0.0))[1]:
+                        found[key] = (expected, took)
+        return [expected / took for expected, took in found.values()]
+
+    @property
+    def device(self) -> dict:
+        """What the backend computes on, as far as it is known: {} before."""
+        return (self.backend["hello"] or {}).get("device") or {}
+
+    @property
+    def gpu(self) -> bool:
+        return self.device.get("kind") == "cuda"
+
+    def estimate(self, recipe: str, values: dict, splats: int | None = None) -> estimates.Estimate:
+        """What a job will take on this backend. Of one that ran with exactly these parameters, its own time."""
+        expected = estimates.estimate(recipe, values, self.speed(recipe), self.gpu, splats)
+        took = self.expected_seconds(recipe, values)
+        if took is None:
+            return expected
+        return expected._replace(seconds=took + estimates.blender_seconds(recipe, values, splats))
+
     def about(self, job: str) -> str:
         """Everything worth knowing for who is asked for help: versions, the job's parameters, the backend's last log lines."""
         lines = [
@@ -563,22 +616,29 @@ class Session:
 
 
 class Shoot:
-    """From a subject to a submitted job: renders step by step into a folder of its own, which is gone afterwards in any case."""
+    """From a subject to a submitted job: prepares what the recipe asks for, views or splats, step by step in a folder of its own, which is
+    gone afterwards in any case."""
 
-    def __init__(self, subject: capture.Subject, recipe):
-        """Raises KilnError where there is no backend to send the views to, or nothing to render."""
+    def __init__(self, subject: capture.Subject | export.Subject, recipe):
+        """Raises KilnError where there is no backend to send the inputs to, or nothing to make them of."""
         current.want_backend()
+        if subject.kind == "splats":  # they go out as they stand in the scene, whatever is set for files
+            recipe = recipes.make(recipe.NAME, {**recipes.values(recipe), "subject.up": "auto"})
         self.title, self.recipe = subject.title, recipe
-        self.folder = Path(tempfile.mkdtemp(prefix="views-", dir=current.folder))
+        self.doing = {"views": "rendering", "splats": "writing"}[recipe.INPUT]
+        self.folder = Path(tempfile.mkdtemp(prefix=f"{recipe.INPUT}-", dir=current.folder))
         try:
-            self.capture = capture.Capture(subject, recipe.capture, self.folder, recipe.seed)
+            if recipe.INPUT == "views":
+                self.capture = capture.Capture(subject, recipe.capture, self.folder, recipe.seed)
+            else:
+                self.capture = export.Export(subject, self.folder)
         except BaseException:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise
         current.capture = (0, self.capture.steps, self.title)
 
     def step(self) -> bool:
-        """Renders a little; False when everything is rendered."""
+        """Does a little; False when everything is there."""
         with disk_errors(), quiet():
             more = self.capture.step()
         current.capture = (self.capture.done, self.capture.steps, self.title)
@@ -587,9 +647,11 @@ class Shoot:
     def submit(self) -> Job:
         with disk_errors():
             inputs, source = self.capture.finish()
-            picture = current.folder / "pictures" / f"{self.folder.name}.png"
-            picture.parent.mkdir(exist_ok=True)
-            shutil.copyfile(_from_the_front(inputs["transforms.json"]), picture)
+            picture = None
+            if "transforms.json" in inputs:
+                picture = current.folder / "pictures" / f"{self.folder.name}.png"
+                picture.parent.mkdir(exist_ok=True)
+                shutil.copyfile(_from_the_front(inputs["transforms.json"]), picture)
         self.capture.close()
         current.capture = None
         return current.submit(self.recipe, inputs, source, self.title, self.folder, picture)
@@ -601,10 +663,10 @@ class Shoot:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def all_at_once(self) -> Job:
-        """The whole capture in one go, for scripts."""
+        """All of it in one go, for scripts."""
         try:
             while self.step():
-                terminal(f"{self.title}: rendering {self.capture.done / self.capture.steps:.0%}")
+                terminal(f"{self.title}: {self.doing} {self.capture.done / self.capture.steps:.0%}")
             return self.submit()
         except BaseException:
             self.close()
@@ -709,14 +771,21 @@ def remove_store(home: Path) -> None:
 # Blender, seen from here
 
 
-def chosen_subject(context, collection: str | None = None) -> capture.Subject:
-    """What the panel's source box says: the selection, or the chosen collection. `collection` names another one."""
+def chosen_subject(
+    context, recipe: str | None = None, collection: str | None = None, file: str | None = None
+) -> capture.Subject | export.Subject:
+    """What the panel's source box says: the selection or the chosen collection; for a recipe that takes splats the active object or the
+    chosen file. `collection` and `file` name others."""
+    settings = context.scene.kiln
+    if recipes.recipe_named(recipe or settings.recipe).INPUT == "splats":
+        if file is None and settings.splats_source == "FILE":
+            file = settings.splats_file
+        return export.subject(context, file=file)
     if collection is not None:
         found = bpy.data.collections.get(collection)
         if found is None:
             raise KilnError("nothing-selected", f"There is no collection {collection!r}.", "Check its name in the Outliner.")
         return capture.subject(context, collection=found)
-    settings = context.scene.kiln
     if settings.source == "COLLECTION":
         if settings.collection is None:
             raise KilnError("nothing-selected", "No collection is chosen.", "Choose one, or use the selection.")

@@ -1,14 +1,18 @@
 """What goes wrong before a job exists: each case has its sentence, in the exception and in the panel, and the scene is as it was."""
 
 import errno
+import functools
 import queue
 from pathlib import Path
 
+import bmesh
 import bpy
+import numpy as np
 import pytest
-from bl_ext.kiln_test.kiln import api, backend_link, preferences, session
+from bl_ext.kiln_test.kiln import api, backend_link, operators, preferences, session, splat_files, splat_nodes
 from bl_ext.kiln_test.kiln.protocol import recipes
 from bl_ext.kiln_test.kiln.protocol.errors import KilnError
+from mathutils import Matrix
 
 
 @pytest.fixture(autouse=True)
@@ -119,6 +123,130 @@ def test_a_disk_that_fills_while_views_are_rendered(some_backend, monkeypatch):
     assert "The disk is full" in refused(bpy.ops.kiln.generate)
     assert not list(session.current.folder.glob("views-*")), "rendered views are left behind"
     assert session.current.capture is None
+
+
+def splats(name="Cloud", place=None, count=50):
+    """An object that holds splats, as an import leaves it."""
+    random = np.random.default_rng(1)
+    points = splat_files.Points(
+        means=random.normal(size=(count, 3)),
+        scales=random.uniform(0.01, 0.1, (count, 3)).astype(np.float32),
+        quaternions=np.tile(np.float32([1, 0, 0, 0]), (count, 1)),
+        colors=random.uniform(size=(count, 3)).astype(np.float32),
+        opacities=random.uniform(0.2, 0.9, count).astype(np.float32),
+    )
+    thing = splat_nodes.make_object(name, points)
+    bpy.context.scene.collection.objects.link(thing)
+    bpy.context.view_layer.objects.active = thing
+    thing.matrix_world = place or Matrix()
+    bpy.context.view_layer.update()
+    return thing, points
+
+
+def test_a_mesh_from_splats_says_what_it_needs(some_backend, tmp_path):
+    generate = functools.partial(bpy.ops.kiln.generate, recipe="mesh_splats")
+    bpy.context.view_layer.objects.active = None
+    assert "No splats are selected." in refused(generate)
+    bpy.ops.mesh.primitive_cube_add()
+    assert "Cube does not hold splats." in refused(generate)
+    assert "There is no file" in refused(generate, file=str(tmp_path / "gone.ply"))
+    assert "photo.jpg is no splat file" in refused(generate, file=str(tmp_path / "photo.jpg"))
+    bpy.context.scene.kiln.splats_source = "FILE"
+    assert "No splat file is chosen." in refused(generate)
+
+
+def sent(monkeypatch):
+    """Where submissions end that would go to a backend."""
+    found = []
+
+    def submit(self, recipe, inputs, source, title, views, picture):
+        found.append((recipe, inputs, source, title))
+        return session.Job({"id": "sending-1", "state": "queued", "title": title})
+
+    monkeypatch.setattr(session.Session, "submit", submit)
+    monkeypatch.setattr(session.Session, "want_backend", lambda self: None)
+    return found
+
+
+def test_the_active_objects_splats_are_sent_as_they_stand_in_the_world(monkeypatch):
+    found = sent(monkeypatch)
+    place = Matrix.LocRotScale((4.0, 2.0, -1.0), Matrix.Rotation(0.5, 3, "X").to_quaternion(), (2.0, 2.0, 2.0))
+    thing, points = splats(place=place)
+    bpy.context.scene.unit_settings.scale_length = 0.1
+    before = contents()
+    session.Shoot(session.chosen_subject(bpy.context, "mesh_splats"), recipes.make("mesh_splats", {"subject.up": "y_down"})).all_at_once()
+    assert contents() == before
+    ((recipe, inputs, source, title),) = found
+    assert recipe.subject.up == "auto", "as placed, whatever is set for files"
+    assert recipe.NAME == "mesh_splats" and list(inputs) == ["splats.ply"] and title == "Cloud"
+    written = splat_files.read(inputs["splats.ply"])
+    world = np.array(place)
+    assert np.allclose(written.means, 0.1 * (points.means @ world[:3, :3].T + world[:3, 3]), atol=1e-4)
+    assert np.allclose(np.sort(written.scales, 1), np.sort(0.2 * points.scales, 1), rtol=1e-3)
+    assert source["location"] == pytest.approx([4.0, 2.0, -1.0]) and source["unit_scale"] == pytest.approx(0.1)
+    assert source["object"] == "Cloud" and source["splats"] == 50
+    assert session.current.capture is None
+
+
+def test_cropped_splats_are_not_sent(monkeypatch):
+    found = sent(monkeypatch)
+    thing, _ = splats()
+    shape = bmesh.new()
+    shape.from_mesh(thing.data)
+    bmesh.ops.delete(shape, geom=[vertex for vertex in shape.verts if vertex.co.x > 0], context="VERTS")
+    shape.to_mesh(thing.data)
+    shape.free()
+    left = len(thing.data.vertices)
+    session.Shoot(session.chosen_subject(bpy.context, "mesh_splats"), recipes.make("mesh_splats")).all_at_once()
+    written = splat_files.read(found[0][1]["splats.ply"])
+    assert len(written) == left < 50 and written.means[:, 0].max() <= 0
+
+
+def test_a_splat_file_is_sent_as_it_is(monkeypatch, tmp_path):
+    found = sent(monkeypatch)
+    path = tmp_path / "Garden.SPZ"
+    path.write_bytes(b"whatever the backend makes of it")
+    session.Shoot(session.chosen_subject(bpy.context, "mesh_splats", file=str(path)), recipes.make("mesh_splats")).all_at_once()
+    ((_, inputs, source, title),) = found
+    assert inputs == {"splats.spz": path} and title == "Garden" and source["location"] == [0, 0, 0]
+    assert path.exists()
+
+
+def test_baking_onto_something_that_is_no_result_is_refused():
+    bpy.ops.mesh.primitive_cube_add()
+    for call in (bpy.ops.kiln.retexture, bpy.ops.kiln.remesh_quads):
+        assert "Cube is no result of Kiln." in refused(call)
+
+
+def test_an_import_of_splats_is_one_undo_step_and_asks_for_no_backend(tmp_path):
+    path = tmp_path / "Cloud.ply"
+    splat_files.write_ply(path, splats()[1])
+    bpy.ops.ed.undo_push(message="before")
+    before = contents()
+    bpy.ops.kiln.import_splats("EXEC_DEFAULT", True, filepath=str(path))
+    (made,) = set(bpy.data.objects) - {bpy.data.objects[name] for name in before["objects"]}
+    assert splat_nodes.is_splats(made) and len(made.data.vertices) == 50
+    bpy.ops.ed.undo()
+    assert contents() == before
+
+
+def test_dropped_files_come_in_together(tmp_path):
+    points = splats()[1]
+    for name in ("a.ply", "b.ply"):
+        splat_files.write_ply(tmp_path / name, points)
+    before = len(bpy.data.objects)
+    bpy.ops.kiln.import_splats(directory=str(tmp_path), files=[{"name": "a.ply"}, {"name": "b.ply"}])
+    assert len(bpy.data.objects) == before + 2
+
+
+def test_a_file_that_holds_no_splats_is_said_in_the_panel(tmp_path):
+    path = tmp_path / "cube.ply"
+    path.write_text("no ply")
+    assert "cube.ply" in refused(bpy.ops.kiln.import_splats, filepath=str(path))
+
+
+def test_blenders_own_importer_keeps_dropped_ply_files():
+    assert ".ply" not in operators.KILN_FH_splats.bl_file_extensions
 
 
 def test_parameters_come_from_the_call_over_the_preset_over_the_panel(monkeypatch):

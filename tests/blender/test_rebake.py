@@ -175,6 +175,22 @@ def test_a_source_with_modifiers_is_baked_as_it_shows():
     assert np.abs(texels(copy.data.materials[0], "base color")[rows, columns, :3] - srgb(side_of(points))).mean() < 0.02
 
 
+@pytest.mark.parametrize("call", ["retexture", "remesh_quads"])
+def test_each_operator_is_one_undo_step(call):
+    cube("Box")
+    made = result(cuts=7).name
+    operator = getattr(bpy.ops.kiln, call)
+    bpy.ops.ed.undo_push(message="before")
+    before, faces = datablocks(), len(bpy.data.objects[made].data.polygons)
+    operator("EXEC_DEFAULT", True, result=made, size=64, **({"faces": 300} if call == "remesh_quads" else {}))
+    after = datablocks()
+    assert after != before or len(bpy.data.objects[made].data.polygons) != faces
+    bpy.ops.ed.undo()
+    assert datablocks() == before and len(bpy.data.objects[made].data.polygons) == faces
+    bpy.ops.ed.redo()
+    assert datablocks() == after
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

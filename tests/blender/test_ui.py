@@ -6,7 +6,7 @@ import addon_utils
 import bpy
 import pytest
 from bl_ext.kiln_test.kiln import panel, properties, session
-from bl_ext.kiln_test.kiln.protocol import recipes
+from bl_ext.kiln_test.kiln.protocol import estimates, recipes
 
 MODULE = "bl_ext.kiln_test.kiln"
 RECIPES = list(recipes.RECIPES.values())
@@ -132,6 +132,68 @@ def test_the_expected_time_is_that_of_a_job_with_exactly_these_parameters_or_non
     now.jobs["a"] = session.Job(record("a", "done", parameters=draft, started=100.0, finished=142.0))
     assert now.expected_seconds("reconstruct", draft) == 42.0
     assert now.expected_seconds("reconstruct", standard) is None
+
+
+def test_the_estimate_follows_what_this_backend_took_and_before_that_its_cores():
+    now = session.current
+    standard, draft = (recipes.values(recipes.make("reconstruct", preset=preset)) for preset in ("standard", "draft"))
+    now.jobs.clear()
+    now.backend = {**now.backend, "hello": {"device": {"kind": "cpu", "cores": 2}}}
+    now._sync_rows()
+    guess = now.estimate("reconstruct", standard)
+    assert guess == estimates.estimate("reconstruct", standard)
+    took = 4 * estimates.backend_seconds("reconstruct", draft)
+    now.jobs["a"] = session.Job(record("a", "done", parameters=draft, started=100.0, finished=100.0 + took))
+    now.jobs["b"] = session.Job(record("b", "done", parameters=draft, started=300.0, finished=300.5))  # found its stages finished
+    now.jobs["c"] = session.Job(record("c", "done", parameters={"of": "another version"}, started=1.0, finished=2.0))
+    now._sync_rows()
+    in_blender = estimates.blender_seconds("reconstruct", standard)
+    assert now.estimate("reconstruct", standard).seconds - in_blender == pytest.approx(4 * (guess.seconds - in_blender))
+    assert now.estimate("reconstruct", draft).seconds == pytest.approx(took + estimates.blender_seconds("reconstruct", draft))
+    assert now.speed("mesh_splats") == pytest.approx(0.25), "of another recipe's jobs where there are none of its own"
+    now.backend = {**now.backend, "hello": {"device": {"kind": "cpu", "cores": 16}}}
+    now.jobs.clear()
+    now._sync_rows()
+    assert 1 < now.speed("reconstruct") < 8
+    now.backend = {**now.backend, "hello": None}
+
+
+def test_a_preset_says_in_its_tooltip_and_below_what_it_takes():
+    now = session.current
+    now.jobs.clear()
+    now._sync_rows()
+    items = properties._preset_items_now(recipes.Reconstruct)
+    assert [item[0] for item in items] == list(recipes.Reconstruct.PRESETS)
+    for name, _, told, _, _ in items:
+        expected = now.estimate("reconstruct", recipes.values(recipes.make("reconstruct", preset=name)))
+        assert panel.estimate_text(expected) in told
+    text = panel.estimate_text(estimates.Estimate(25.2, 1.12e9))
+    assert text == "About 25 s, 1.1 GB on this computer"
+
+
+def test_a_job_that_needs_more_memory_than_is_free_is_warned_about():
+    now = session.current
+    now.backend = {**now.backend, "hello": {"device": {"kind": "cpu", "cores": 2, "free_memory": 900_000_000}}}
+    assert "900.0 MB" in panel.memory_warning(estimates.Estimate(1, 1.2e9))
+    assert panel.memory_warning(estimates.Estimate(1, 0.8e9)) == ""
+    now.backend = {**now.backend, "hello": None}
+    assert panel.memory_warning(estimates.Estimate(1, 1e15)) == "", "unknown is not too little"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.2, "1 s"), (7.4, "7 s"), (33, "35 s"), (98, "1 min 40 s"), (131, "2 min 10 s"), (700, "12 min"), (4000, "1 h 05 min")],
+)
+def test_estimated_times_have_no_more_digits_than_they_deserve(seconds, words):
+    assert panel.about_text(seconds) == words
+
+
+def test_a_log_line_of_a_running_job_is_kept_for_the_panel_and_a_cached_stage_is_remembered():
+    now = session.current
+    now.jobs["a"] = session.Job(record("a", "running"))
+    now._on_event({"job": "a", "kind": "log", "text": "The GPU is not used: there is no NVIDIA driver"})
+    now._on_event({"job": "a", "kind": "stage", "stage": "Fit splats", "cached": True})
+    assert now.jobs["a"].log == ["The GPU is not used: there is no NVIDIA driver"] and now.jobs["a"].cached
 
 
 def test_an_import_says_what_it_waits_for_and_the_button_puts_a_running_tool_aside(monkeypatch):
