@@ -30,6 +30,10 @@ START_SECONDS = 30.0  # that a started backend may take to answer; it takes one
 STOP_SECONDS = 20.0  # that a backend may take to end
 _BAD_CODES = ("bad-parameter", "bad-recipe", "bad-input", "bad-request", "no-job", "bad-state")
 _ENDED = ("done", "failed", "cancelled")
+_INPUTS = {
+    "views": "the views: a folder with transforms.json",
+    "splats": "the splats: a .ply or .spz file, or a folder with one",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--home", help=argparse.SUPPRESS, default=argparse.SUPPRESS)
     serve.set_defaults(command=_serve)
 
-    run = commands.add_parser("run", help="run a recipe on a folder of inputs and fetch the results")
+    run = commands.add_parser("run", help="run a recipe on a folder or a file and fetch the results")
     kinds = run.add_subparsers(required=True, metavar="RECIPE")
     for recipe in recipes.RECIPES.values():
         _recipe_parser(kinds, recipe)
@@ -106,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _recipe_parser(actions: Any, recipe: Any) -> None:
     parser = actions.add_parser(recipe.NAME, help=recipe.__doc__.strip().partition("\n")[0])
-    parser.add_argument("input", type=Path, metavar="INPUT", help=f"the {recipe.INPUT}: a folder (or a file)")
+    parser.add_argument("input", type=Path, metavar="INPUT", help=_INPUTS.get(recipe.INPUT, f"the {recipe.INPUT}: a folder or a file"))
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--preset", choices=list(recipe.PRESETS), default="standard", help="values to start from (default: standard)")
     parser.add_argument("--title", default="", help="name of the job in lists; default: the input's name")
@@ -252,7 +256,9 @@ def _run(given: argparse.Namespace) -> int:
 
 
 def gather(path: Path, kind: str) -> dict[str, Path]:
-    """The input files of a recipe, by the names that they have for it: what `transforms.json` names, or a file, or all of a folder."""
+    """The input files of a recipe, by the names that they have for it: what `transforms.json` names, a file of splats, or a folder."""
+    if kind == "splats":
+        return _gather_splats(path)
     if path.is_file() and path.name != "transforms.json":
         return {check_name(path.name): path}
     folder = path.parent if path.is_file() else path
@@ -274,6 +280,18 @@ def gather(path: Path, kind: str) -> dict[str, Path]:
         if not file.is_file():
             raise KilnError("bad-input", f"transforms.json names {name}, which is not in {folder}.", "Add the file, or remove its frame.")
     return found
+
+
+def _gather_splats(path: Path) -> dict[str, Path]:
+    """One file, called splats.ply or splats.spz for the recipe. Of a results folder, splats.ply, which is exact."""
+    files = [path] if path.is_file() else sorted(one for one in path.glob("*") if one.suffix.lower() in (".ply", ".spz"))
+    files = [one for one in files if one.name == "splats.ply"] or files
+    if not path.exists():
+        raise KilnError("bad-input", f"There is no {path}.", "Give a .ply or .spz file of splats.")
+    if len(files) != 1 or files[0].suffix.lower() not in (".ply", ".spz"):
+        found = f"{len(files)} .ply and .spz files" if len(files) != 1 else "not splats by its name"
+        raise KilnError("bad-input", f"{path} is {found}." if path.is_file() else f"{path} holds {found}.", "Give one .ply or .spz file.")
+    return {"splats" + files[0].suffix.lower(): files[0]}
 
 
 def _follow(client: Any, job: dict[str, Any], bar: _Bar) -> dict[str, Any]:

@@ -112,6 +112,17 @@ class Fit:
     ssim_weight: float = _number(0.2, 0.0, 1.0, "Share of structural similarity in the colour loss; the rest is L1.", advanced=True)
     alpha_weight: float = _number(0.5, 0.0, 100.0, "Weight of the silhouette's L1 loss.", advanced=True)
     depth_weight: float = _number(0.1, 0.0, 100.0, "Weight of the depth's L1 loss, where views have depth.", advanced=True)
+    normal_weight: float = _number(
+        0.0, 0.0, 100.0, "Weight of the angle between flat splats and the views' normals, where views have them.", advanced=True
+    )
+    consistency_weight: float = _number(
+        0.0, 0.0, 100.0, "Weight of the angle between flat splats and the fitted depth's normals, where views have none.", advanced=True
+    )
+    flat_weight: float = _number(0.0, 0.0, 100.0, "Weight of the splats' thickness.", advanced=True)
+    distortion_weight: float = _number(
+        0.0, 0.0, 1000.0, "Weight of the spread in depth of the splats that one pixel shows; takes half again the time.", advanced=True
+    )
+    hull_weight: float = _number(0.0, 0.0, 100.0, "Weight of the opacity of splats outside the silhouettes.", advanced=True)
     random_background: bool = _flag(
         True, "Compose every second step on another plain colour, the rest on black, so that no splat imitates the background.", True
     )
@@ -136,6 +147,29 @@ class Texture:
 
     size: int = _number(1024, 64, 8192, "Width and height of the texture.", "px")
     padding: int = _number(4, 0, 64, "Pixels of colour around each chart, against seams at a distance.", "px", True)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What of the splats becomes the mesh. Lengths and places are those of the file, with Z up."""
+
+    up: str = _choice(
+        "auto",
+        {
+            "auto": "Z in a PLY file and Y in an SPZ file, as Kiln writes them",
+            "z_up": "The file's Z axis: Kiln, Blender, nerfstudio",
+            "y_up": "The file's Y axis: SPZ, glTF, three.js",
+            "y_down": "Against the file's Y axis: COLMAP and most tools that make splats from photographs",
+        },
+        "Which way is up in the file.",
+    )
+    keep: float = _number(
+        0.99, 0.05, 1.0, "Share of the splats around their middle that surely is the subject; lower it to leave out more of a background."
+    )
+    radius: float = _number(0.0, 0.0, 1e6, "Only the splats in a ball of this radius are used; 0 uses all.", "m")
+    x: float = _number(0.0, -1e6, 1e6, "Centre of the ball, along X.", "m", advanced=True)
+    y: float = _number(0.0, -1e6, 1e6, "Centre of the ball, along Y.", "m", advanced=True)
+    z: float = _number(0.0, -1e6, 1e6, "Centre of the ball, along Z.", "m", advanced=True)
 
 
 @dataclass(frozen=True)
@@ -187,10 +221,10 @@ class MeshSplats:
         "high": {"look.count": 96, "look.size": 1024, "surface.grid": 384, "surface.faces": 80_000, "texture.size": 2048},
     }
 
+    subject: Subject = Subject()
     look: Look = Look()
     surface: Surface = Surface()
     texture: Texture = Texture()
-    seed: int = _number(0, 0, 2**31 - 1, "Start of every random draw: same seed, same device, same result.", advanced=True)
 
 
 RECIPES: dict[str, Any] = {recipe.NAME: recipe for recipe in (Reconstruct, MeshSplats)}

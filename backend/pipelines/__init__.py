@@ -11,7 +11,10 @@ enter recipes of their own here and in `protocol.recipes.RECIPES`: for recipes k
 import importlib
 import os
 
-PIPELINES: dict[str, tuple[str, str]] = {"reconstruct": ("backend.pipelines.reconstruct", "reconstruct")}
+PIPELINES: dict[str, tuple[str, str]] = {
+    "reconstruct": ("backend.pipelines.reconstruct", "reconstruct"),
+    "mesh_splats": ("backend.pipelines.mesh_splats", "mesh_splats"),
+}
 
 for _name in filter(None, os.environ.get("KILN_PIPELINES", "").split(",")):
     importlib.import_module(_name.strip())

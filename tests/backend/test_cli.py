@@ -217,6 +217,22 @@ def test_views_are_the_files_that_transforms_json_names(tmp_path):
         cli.gather(tmp_path, "views")
 
 
+def test_splats_are_one_file_under_the_name_that_the_recipe_knows(tmp_path):
+    for name in ("Garden.PLY", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    assert cli.gather(tmp_path / "Garden.PLY", "splats") == {"splats.ply": tmp_path / "Garden.PLY"} == cli.gather(tmp_path, "splats")
+    (tmp_path / "garden.spz").write_bytes(b"")
+    assert cli.gather(tmp_path / "garden.spz", "splats") == {"splats.spz": tmp_path / "garden.spz"}
+    with pytest.raises(KilnError, match="holds 2 .ply and .spz files"):
+        cli.gather(tmp_path, "splats")
+    (tmp_path / "splats.ply").write_bytes(b"")  # a folder of results
+    assert cli.gather(tmp_path, "splats") == {"splats.ply": tmp_path / "splats.ply"}
+    with pytest.raises(KilnError, match="notes.txt is not splats"):
+        cli.gather(tmp_path / "notes.txt", "splats")
+    with pytest.raises(KilnError, match="There is no"):
+        cli.gather(tmp_path / "nowhere.ply", "splats")
+
+
 def test_doctor_reports_each_part_and_whether_a_backend_runs(kiln):
     findings = {finding["what"]: finding for finding in json.loads(kiln("doctor", "--json"))}
     assert {"kiln", "python", "packages", "device", "splats", "memory", "home", "backend"} <= set(findings)
