@@ -19,6 +19,11 @@ from . import splat_files, splat_nodes
 from .protocol.errors import KilnError
 
 CLEANED = ("objects", "meshes", "materials", "images", "collections", "node_groups", "actions", "armatures", "cameras", "lights", "scenes")
+ROLES = {
+    "Base Color": "base color", "Roughness": "roughness", "Metallic": "metallic", "Normal": "normal", "Emission Color": "emission",
+    "Alpha": "alpha", "Occlusion": "occlusion",
+}  # fmt: skip
+COLORS = ("base color", "emission", "texture")
 CATALOG = "3f0d6f4e-4b8e-4c39-9a51-6b1f2d6c0a77"  # of all of Kiln's assets, in every library
 
 
@@ -142,11 +147,30 @@ def _mesh(context: bpy.types.Context, path: Path, source: dict, collection: bpy.
         material.name = title
         for node in material.node_tree.nodes:
             if node.bl_idname == "ShaderNodeTexImage" and node.image is not None:
-                node.image.name = f"{title} base color"
+                role = _role(node)
+                node.image.name = f"{title} {role}"
+                if role not in COLORS:
+                    node.image.colorspace_settings.name = "Non-Color"
                 if node.image.packed_file is None:
                     node.image.pack()
     collection.objects.link(thing)
     return thing
+
+
+def _role(texture: bpy.types.Node) -> str:
+    """What an image is for, by the sockets that it feeds, directly or through other nodes: "base color", "roughness metallic", ..."""
+    fed, ahead, seen = set(), [texture], set()
+    while ahead:
+        node = ahead.pop()
+        seen.add(node)
+        for link in (link for output in node.outputs for link in output.links):
+            if link.to_socket.name in ROLES and link.to_node.bl_idname in ("ShaderNodeBsdfPrincipled", "ShaderNodeGroup"):
+                fed.add(link.to_socket.name)
+            elif link.to_node not in seen:
+                ahead.append(link.to_node)
+    if "Base Color" in fed:  # its alpha is in the same image
+        fed.discard("Alpha")
+    return " ".join(role for socket, role in ROLES.items() if socket in fed) or "texture"
 
 
 @contextmanager

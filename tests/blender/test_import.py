@@ -210,6 +210,62 @@ def test_the_asset_is_in_a_catalog_that_stands_beside_the_file_once(tmp_path):
 
 
 @pytest.mark.oldest
+def test_a_result_with_all_maps_has_a_whole_material(tmp_path):
+    """Roughness, metallic, normals, emission and opacity, as Blender's own exporter writes them: linked, named, packed, in their spaces."""
+    bpy.ops.mesh.primitive_monkey_add()
+    make_results(tmp_path, bpy.context.object)
+    source = source_of(tmp_path)
+    made = bpy.data.materials.new("all maps")
+    if bpy.app.version < (5, 0, 0):
+        made.use_nodes = True
+    nodes, link = made.node_tree.nodes, made.node_tree.links.new
+    principled = nodes["Principled BSDF"]
+
+    def texture(name, color, data):
+        image = bpy.data.images.new(name, 4, 4, alpha=True)
+        image.colorspace_settings.name = "Non-Color" if data else "sRGB"
+        image.pixels.foreach_set(np.tile(np.array(color, np.float32), 16))
+        node = nodes.new("ShaderNodeTexImage")
+        node.image = image
+        return node
+
+    base = texture("a", (0.5, 0.2, 0.1, 0.5), False)
+    link(base.outputs["Color"], principled.inputs["Base Color"])
+    link(base.outputs["Alpha"], principled.inputs["Alpha"])
+    split = nodes.new("ShaderNodeSeparateColor")
+    link(texture("b", (0, 0.6, 0.9, 1), True).outputs["Color"], split.inputs[0])
+    link(split.outputs["Green"], principled.inputs["Roughness"])
+    link(split.outputs["Blue"], principled.inputs["Metallic"])
+    bend = nodes.new("ShaderNodeNormalMap")
+    link(texture("c", (0.5, 0.5, 1, 1), True).outputs["Color"], bend.inputs["Color"])
+    link(bend.outputs[0], principled.inputs["Normal"])
+    link(texture("d", (0.1, 0.9, 0.1, 1), False).outputs["Color"], principled.inputs["Emission Color"])
+    principled.inputs["Emission Strength"].default_value = 3.0
+    thing = bpy.context.object
+    thing.data.materials.clear()
+    thing.data.materials.append(made)
+    bpy.ops.export_scene.gltf(filepath=str(tmp_path / "mesh.glb"), use_selection=True)
+    (tmp_path / "splats.spz").write_bytes(b"for other programs")
+    imported = import_asset.import_asset(bpy.context, tmp_path, source, PROVENANCE)
+    (material,) = imported.mesh_object.data.materials
+    tree = material.node_tree
+    images = {node.image.name: node.image for node in tree.nodes if node.bl_idname == "ShaderNodeTexImage"}
+    title = "Suzanne (Kiln)"
+    assert set(images) == {f"{title} {role}" for role in ("base color", "roughness metallic", "normal", "emission")}
+    assert all(image.packed_file is not None for image in images.values())
+    spaces = {name.removeprefix(f"{title} "): image.colorspace_settings.name for name, image in images.items()}
+    assert spaces == {"base color": "sRGB", "roughness metallic": "Non-Color", "normal": "Non-Color", "emission": "sRGB"}
+    shader = next(node for node in tree.nodes if node.bl_idname == "ShaderNodeBsdfPrincipled")
+    for socket in ("Base Color", "Roughness", "Metallic", "Normal", "Emission Color", "Alpha"):
+        assert shader.inputs[socket].is_linked, socket
+    assert shader.inputs["Emission Strength"].default_value == pytest.approx(3)
+    assert shader.inputs["Normal"].links[0].from_node.bl_idname == "ShaderNodeNormalMap"
+    rough = images[f"{title} roughness metallic"].pixels[:4]
+    assert np.allclose(rough[1:3], (0.6, 0.9), atol=0.005)
+    assert [thing.name for thing in imported.collection.objects] == [f"{title} mesh", f"{title} splats"]
+
+
+@pytest.mark.oldest
 def test_provenance_survives_saving(tmp_path):
     bpy.ops.mesh.primitive_monkey_add()
     make_results(tmp_path, bpy.context.object)

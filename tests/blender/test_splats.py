@@ -237,6 +237,7 @@ def test_points_of_follows_crops_transforms_joins_and_modifiers():
     thing.modifiers.remove(array)
     other = added(some(10, 2, 1), "other")
     bpy.context.view_layer.objects.active = thing
+    thing.select_set(True)
     bpy.ops.object.join()
     assert len(splat_nodes.points_of(thing)) == 35 and "other" not in bpy.data.objects
     assert {scene.name for scene in bpy.data.scenes} == {bpy.context.scene.name}
