@@ -666,6 +666,7 @@ def project_back(
     cameras: Table,
     views: int,
     bases: int,
+    colored: bool,
     areas: Ints,
     slots: Floats,
     gradients: Table,
@@ -673,6 +674,7 @@ def project_back(
 ):
     """The gradients of one Gaussian's parameters, summed over the views: the derivation of `raster_cpu.project_back`.
 
+    `colored`: the features are red, green, blue and depth; else they are the caller's own, and only the geometry's part is found here.
     `pulled`: adds the length of its gradient by its place in the picture, in pixels, and in how many views there was one.
     """
     g = wp.tid()
@@ -695,6 +697,9 @@ def project_back(
             d_feature = quad(slots, 4 * i)
             m = quad(slots, 4 * i + 1)  # moments of dL/dsigma: 1, x, y, xx
             n = quad(slots, 4 * i + 2)  # xy, yy, and dL/d(slopes)
+            if not colored:
+                d_feature = wp.vec4(0.0, 0.0, 0.0, 0.0)
+                n = wp.vec4(n[0], n[1], 0.0, 0.0)
             inverse = 1.0 / (s.xx * s.yy - s.xy * s.xy)
             a = s.yy * inverse
             b = -s.xy * inverse
@@ -856,7 +861,7 @@ def _stream(device: torch.device) -> wp.Stream:
 
 class _Draw(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, parameters, cameras, width, height, pulled, room):
+    def forward(ctx, parameters, cameras, width, height, pulled, room, own):
         device, count, views = parameters.device, parameters.shape[1], len(cameras)
         parameters = parameters.detach().contiguous()
         bases = (len(parameters) - SH) // 3
@@ -880,13 +885,15 @@ class _Draw(torch.autograd.Function):
             launch(close_list, places, [ends, tiles, keys], device)
             _sort(keys, entries, places, 32 + tiles.bit_length(), device)
             launch(find_tiles, places, [keys, places, ranges[0], ranges[1]], device)
+        if own is not None:  # the depth that the list was sorted by is no longer needed
+            features, slopes = own.detach().contiguous().view(-1), torch.zeros_like(slopes)
         planes = floats(views, PLANES, height, width)
         lasts = torch.empty(tiles * PIXELS, dtype=torch.int32, device=device)
         size = [tiles_x, tiles_y, width, height]
         composed = [ranges[0], ranges[1], entries, records, features, slopes, *size, planes.view(-1), lasts]
         launch(compose, tiles * PIXELS, composed, device)
         ctx.save_for_backward(parameters, cameras, records, features, slopes, areas, entries, ranges, planes, lasts)
-        ctx.size, ctx.pulled = size, pulled
+        ctx.size, ctx.pulled, ctx.colored = size, pulled, own is None
         return planes
 
     @staticmethod
@@ -900,9 +907,10 @@ class _Draw(torch.autograd.Function):
         result = torch.zeros_like(parameters)
         pulled = torch.zeros((2, parameters.shape[1]), dtype=torch.float32, device=device) if ctx.pulled is None else ctx.pulled
         bases = (len(parameters) - SH) // 3
-        projected = [parameters, cameras, len(cameras), bases, areas, slots, result, pulled]
+        projected = [parameters, cameras, len(cameras), bases, ctx.colored, areas, slots, result, pulled]
         launch(project_back, parameters.shape[1], projected, device, GAUSSIANS)
-        return result, None, None, None, None, None
+        by_own = None if ctx.colored else slots.view(len(cameras), -1, SLOT)[..., :FEATURES]
+        return result, None, None, None, None, None, by_own
 
 
 def _sort(keys: torch.Tensor, entries: torch.Tensor, count: int, bits: int, device: torch.device) -> None:
@@ -922,11 +930,13 @@ def draw(
     height: int,
     pulled: Float[torch.Tensor, "2 n"] | None = None,
     room: Room | None = None,
+    features: Float[torch.Tensor, "v n 4"] | None = None,
 ) -> Float[torch.Tensor, "v 5 h w"]:
     """Each camera's picture as planes (red, green, blue on black, accumulated depth, alpha), with gradients for the parameters.
 
     parameters: the rows of `raster_cpu.pack`, without its padding. cameras: rows of `raster_cpu.camera_numbers`, all of one picture size.
     pulled: on the way back, gets added for each Gaussian the length of its gradient by its place in the pictures, and the number of views
-    that pulled it. room: kept from step to step of a fit, spares the host from waiting for the count of entries.
+    that pulled it. room: kept from step to step of a fit, spares the host from waiting for the count of entries. features: composed in
+    place of colour and depth, the same all over a Gaussian, with gradients of their own.
     """
-    return _Draw.apply(parameters, cameras.contiguous(), width, height, pulled, room)
+    return _Draw.apply(parameters, cameras.contiguous(), width, height, pulled, room, features)

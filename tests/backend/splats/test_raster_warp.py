@@ -85,6 +85,28 @@ def test_pictures_and_gradients_of_several_views_are_those_of_the_cpu(degree):
     assert np.array_equal(pulled[1].numpy() > 0, (lengths > 0).any(0))
 
 
+def test_other_features_are_composed_and_differentiated_alike():
+    splats, views, random = scene(1, 6), several(2), np.random.default_rng(2)
+    features = random.normal(0, 1, (2, len(splats), 4)).astype(np.float32)
+    pulls = random.normal(0, 1, (2, 5, 37, 44)).astype(np.float32)
+    matrix, given = matrix_of(splats), torch.tensor(features, requires_grad=True)
+    ours = raster_warp.draw(matrix, numbers_of(views), 44, 37, features=given)
+    (ours * torch.tensor(pulls)).sum().backward()
+    total = np.zeros_like(pack(splats))
+    for index, view in enumerate(views):
+        rasteriser, gradients = Rasteriser(), np.zeros_like(total)
+        rasteriser.project(pack(splats), len(splats), view)
+        padded = rasteriser.compose(features=features[index])
+        assert np.abs(rasteriser.cropped(padded) - ours[index].detach().numpy()).max() < 1e-4
+        pull = np.zeros_like(padded)
+        pull[:, :37, :44] = pulls[index]
+        by_features = rasteriser.backward(pull, np.zeros(3), gradients, more=True)
+        assert np.linalg.norm(by_features - given.grad[index].numpy()) <= 1e-3 * np.linalg.norm(by_features)
+        total += gradients
+    for row, truth in zip(matrix.grad.numpy(), total[:, : len(splats)], strict=True):
+        assert np.linalg.norm(row - truth) <= 1e-3 * np.linalg.norm(truth)
+
+
 def test_gaussians_that_nothing_can_be_drawn_of_do_no_harm():
     splats, views = scene(0, 3), several(2)
     splats.means[50], splats.log_scales[51], splats.log_scales[52], splats.opacity_logits[53] = np.nan, 40, -60, -40
