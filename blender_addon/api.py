@@ -64,7 +64,8 @@ def run(recipe: str, source, preset: str = "standard", save_to: str | Path | Non
         shutil.copytree(job.results, save_to, dirs_exist_ok=True)
     imported = now.import_results(bpy.context, job)
     if quads:
-        rebake.remesh_quads(bpy.context, imported.mesh_object, quads)
+        with session.quiet():
+            rebake.remesh_quads(bpy.context, imported.mesh_object, quads)
     return imported
 
 

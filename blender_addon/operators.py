@@ -146,7 +146,8 @@ class KILN_OT_generate(bpy.types.Operator):
                 session.current.wait_for_results(job)
                 made = session.current.import_results(context, job)
                 if job.quads:
-                    rebake.remesh_quads(context, made.mesh_object, job.quads)
+                    with session.quiet():
+                        rebake.remesh_quads(context, made.mesh_object, job.quads)
         except KilnError as error:
             return refuse(self, error)
         return {"FINISHED"}
@@ -334,7 +335,9 @@ class ResultOperator:
         manager = context.window_manager
         manager.progress_begin(0, 100)
         try:
-            self.work(context, self.mesh(context), lambda fraction, text: manager.progress_update(100 * fraction))
+            mesh = self.mesh(context)
+            with session.quiet():
+                self.work(context, mesh, lambda fraction, text: manager.progress_update(100 * fraction))
         except KilnError as error:
             return refuse(self, error)
         finally:
