@@ -164,7 +164,7 @@ class Subject:
         "Which way is up in the file.",
     )
     keep: float = _number(
-        0.99, 0.05, 1.0, "Share of the splats around their middle that surely is the subject; lower it to leave out more of a background."
+        0.95, 0.05, 1.0, "Share of the splats around their middle that surely is the subject; lower it to leave out more of a background."
     )
     radius: float = _number(0.0, 0.0, 1e6, "Only the splats in a ball of this radius are used; 0 uses all.", "m")
     x: float = _number(0.0, -1e6, 1e6, "Centre of the ball, along X.", "m", advanced=True)
