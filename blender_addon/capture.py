@@ -487,7 +487,7 @@ def _picture_format(scene: bpy.types.Scene, file_format: str) -> None:
         settings.compression = 15
     else:
         settings.color_depth = "32"
-        settings.exr_codec = "ZIP"
+        settings.exr_codec = "NONE"  # read at once and taken away: packing costs more than it saves
         if hasattr(settings, "use_exr_interleave"):
             settings.use_exr_interleave = True
 
