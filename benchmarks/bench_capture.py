@@ -43,9 +43,8 @@ def main() -> None:
         files = [file for file in files if file.stem in a.only.split(",")]
     _, capture, recipes = demo.extension()
     rows = []
-    print(
-        "| subject | pixels | views hold | seconds | ratio | processor seconds | ratio | kB | ratio |\n|---|---|---|---|---|---|---|---|---|"
-    )
+    heads = "subject", "pixels", "views hold", "seconds", "ratio", "processor seconds", "ratio", "kB", "ratio"
+    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for make in [built_in, lambda: glowing(built_in()), *[lambda file=file: imported(file) for file in files]]:
         for size in (int(size) for size in a.sizes.split(",")):
             bpy.ops.wm.read_homefile(use_factory_startup=True, use_empty=True)
