@@ -43,7 +43,7 @@ def subject(name="Pot", place=None):
     return thing
 
 
-def sits_on(made, thing):
+def sits_on(made, thing, within=0.02):
     """Whether the imported mesh lies on its source: the world distance of its vertices to the source's surface, and the same back."""
     bpy.context.view_layer.update()
     size = max(thing.dimensions)
@@ -54,7 +54,7 @@ def sits_on(made, thing):
         return [(surface.matrix_world @ surface.closest_point_on_mesh(into @ place)[1] - place).length for place in places]
 
     # A cell of this coarse grid is 2 % of the size.
-    return np.percentile(distances(made, thing), 95) < 0.02 * size and np.percentile(distances(thing, made), 95) < 0.02 * size
+    return np.percentile(distances(made, thing), 95) < within * size and np.percentile(distances(thing, made), 95) < within * size
 
 
 def kiln_collections():
@@ -83,6 +83,42 @@ def test_the_python_call_returns_what_it_imported():
     assert made.mesh_object.type == "MESH" and made.mesh_object.name in made.collection.objects
     assert sits_on(made.mesh_object, thing)
     assert len(made.mesh_object.data.polygons) <= 1500
+
+
+def test_splats_that_were_moved_become_a_mesh_where_they_stand(tmp_path):
+    thing = subject()
+    first = api.reconstruct("Pot", save_to=tmp_path, **{**SMALL, "fit_iterations": 200, "fit_splats": 4000})
+    place = Matrix.LocRotScale((5.0, 4.0, 3.0), Matrix.Rotation(1.0, 3, "Z").to_quaternion(), (2.0, 2.0, 2.0))
+    for moved in (thing, first.splats_object):
+        moved.matrix_world = place @ moved.matrix_world
+    bpy.context.view_layer.objects.active = first.splats_object
+    bpy.context.view_layer.update()
+    small = {"look_count": 24, "look_size": 128, "surface_grid": 64, "surface_faces": 1500, "texture_size": 128}
+    assert bpy.ops.kiln.generate(recipe="mesh_splats", **small) == {"FINISHED"}
+    (made,) = [collection for collection in kiln_collections() if collection["kiln_recipe"] == "mesh_splats"]
+    assert made["kiln_source"] == first.splats_object.name
+    assert sits_on(next(one for one in made.objects if one.name.endswith("mesh")), thing, within=0.05)
+    again = api.mesh_splats(tmp_path / "splats.ply", **small)
+    thing.matrix_world = place.inverted() @ thing.matrix_world
+    assert sits_on(again.mesh_object, thing, within=0.05)
+
+
+def test_a_result_comes_in_as_quads_where_that_is_asked_for_and_can_retexture_its_source():
+    thing = subject()
+    bpy.context.scene.kiln.quads, bpy.context.scene.kiln.quad_faces = True, 800
+    assert bpy.ops.kiln.generate(**SMALL) == {"FINISHED"}
+    (collection,) = kiln_collections()
+    mesh = next(made for made in collection.objects if made.name.endswith("mesh"))
+    sides = [len(face.vertices) for face in mesh.data.polygons]
+    assert sides.count(4) >= 0.95 * len(sides) and 300 < len(sides) < 2400
+    assert sits_on(mesh, thing)
+    bpy.ops.kiln.retexture(result=mesh.name, size=256)
+    copy = bpy.data.objects["Pot retextured"]
+    image = next(node.image for node in copy.data.materials[0].node_tree.nodes if node.bl_idname == "ShaderNodeTexImage")
+    pixels = np.empty(len(image.pixels), np.float32)
+    image.pixels.foreach_get(pixels)
+    clay = np.array([0.6, 0.1, 0.05]) ** (1 / 2.4) * 1.055 - 0.055
+    assert np.abs(np.median(pixels.reshape(-1, 4)[:, :3], axis=0) - clay).max() < 0.03
 
 
 def test_a_bad_parameter_never_reaches_the_backend():
