@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--views", type=int, default=24)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a recipe parameter, such as surface.faces=80000")
     parser.add_argument("--only", help="asset names, comma separated")
+    parser.add_argument("--keep-views", type=Path, metavar="DIR", help="leave each object's views in DIR/NAME, for bench fit")
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
     files = sorted(a.assets.glob("*.glb"))
@@ -42,6 +43,7 @@ def main() -> None:
         out = a.out / file.stem
         flags = ["--set", f"capture.size={a.size}", "--set", f"capture.views={a.views}", "--preset", a.preset]
         flags += [part for pair in a.set for part in ("--set", pair)]
+        flags += ["--keep-views", str(a.keep_views / file.stem)] if a.keep_views else []
         subprocess.run(
             [sys.executable, str(HERE / "demo.py"), "--object", str(file), "--out", str(out), *flags], check=True, env=os.environ
         )

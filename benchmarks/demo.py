@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--preset", default="standard")
     parser.add_argument("--out", type=Path, default=ROOT / "demo" / "result")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a recipe parameter, such as fit.splats=5000")
+    parser.add_argument("--keep-views", type=Path, metavar="DIR", help="leave the views there, for bench fit")
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
     blender_prints_to(a.out / "blender.log")
@@ -59,6 +60,8 @@ def main() -> None:
     total = time.perf_counter() - started
 
     views = views_of(capture, subject, recipe.capture, SCRATCH / "views")
+    if a.keep_views:
+        shutil.copytree(SCRATCH / "views", a.keep_views, dirs_exist_ok=True)
     mesh = capture.subject(bpy.context, objects=[imported.mesh_object])
     views_of(capture, mesh, recipe.capture, SCRATCH / "imported", like=views)
     source = a.object if a.object and a.object.suffix == ".glb" else export_source(subjects, SCRATCH / "source.glb")

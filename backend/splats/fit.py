@@ -22,6 +22,7 @@ from protocol.errors import KilnError
 from .loss import Adam, Weights, loss_and_gradients
 from .model import Splats
 from .raster_cpu import EMPTY, LOG_SCALE, MEAN, OPACITY, QUATERNION, SH, TILE, Rasteriser, columns, pack, unpack
+from .shape import ShapeWeights, add_distortion, add_shape, surface_of_picture
 from .start import in_hull, on_surface
 
 PAPER = np.array([0.22, 0.22, 0.22], np.float32)  # behind the subject in previews
@@ -38,7 +39,8 @@ class Schedule:
     quaternion_rate, log_scale_rate, opacity_rate, sh_rate: rates of the rest. Kerbl: 1e-3, 5e-3, 0.05, 2.5e-3.
     sh_rest_share: rate of the higher spherical harmonics by that of the constant one. Kerbl: 1/20.
     end_decay: factor on all rates but the positions' at the end, so that the last steps settle.
-    start_share: Gaussians at the start by those asked for; growth adds the rest.
+    start_share, surface_share: Gaussians at the start by those asked for, in a hull and on a known surface; growth adds the rest. Halving
+        the cells of a surface by its colours places them better than growth does.
     growth_rounds, growth_end: rounds of growth, evenly spaced, and the share of the fit by which they end. Kerbl: every 100 steps.
     least_opacity: Gaussians below it are removed in each round. Kerbl: 0.005.
     largest: standard deviation above which a Gaussian is removed. Kerbl: 0.1 of the scene's extent.
@@ -53,8 +55,9 @@ class Schedule:
     opacity_rate: float = 0.1
     sh_rate: float = 4e-2
     sh_rest_share: float = 0.25
-    end_decay: float = 0.2
+    end_decay: float = 0.05
     start_share: float = 0.7
+    surface_share: float = 0.95
     growth_rounds: int = 4
     growth_end: float = 0.6
     least_opacity: float = 0.01
@@ -109,8 +112,9 @@ def runs_on_cuda(device: str) -> bool:
 
 def first_splats(views: Views, p: recipes.Fit, random: np.random.Generator, schedule: Schedule) -> Splats:
     """Where the fit begins: on the views' depth, or in their hull."""
-    count = max(int(p.splats * schedule.start_share), min(p.splats, 200))
-    place = on_surface if views.depth is not None and views.normals is not None else in_hull
+    known = views.depth is not None and views.normals is not None
+    count = max(int(p.splats * (schedule.surface_share if known else schedule.start_share)), min(p.splats, 200))
+    place = on_surface if known else in_hull
     return place(views, count, p.sh_degree, random)
 
 
@@ -202,6 +206,12 @@ def preview_camera(cameras: list[Camera]) -> Camera:
     return camera.scaled(min(1.0, PREVIEW_SIDE / max(camera.width, camera.height)))
 
 
+def shape_weights(views: Views, p: recipes.Fit) -> ShapeWeights:
+    """The terms that look at the Gaussians. Views that have normals say how the surface faces; else the fitted depth does."""
+    normal = p.consistency_weight if views.depth is None or views.normals is None else p.normal_weight
+    return ShapeWeights(normal, p.flat_weight, p.hull_weight, p.distortion_weight)
+
+
 def _fit_on_cpu(views: Views, p: recipes.Fit, seed: int, progress: Progress, schedule: Schedule) -> Splats:
     progress(0.0, "Placing splats")
     random = np.random.default_rng(seed)
@@ -210,6 +220,7 @@ def _fit_on_cpu(views: Views, p: recipes.Fit, seed: int, progress: Progress, sch
     parameters, count = pack(start), len(start)
     targets = [_target(views, i) for i in range(len(views))]
     weights = Weights(p.ssim_weight, p.alpha_weight, p.depth_weight if views.depth is not None else 0.0)
+    shape = shape_weights(views, p)
     rasteriser, adam = Rasteriser(), Adam(parameters)
     gradients = np.zeros_like(parameters)
     pull, seen = np.zeros(count), np.zeros(count)
@@ -222,12 +233,20 @@ def _fit_on_cpu(views: Views, p: recipes.Fit, seed: int, progress: Progress, sch
         plain = step % 2 == 1 or not p.random_background
         background = np.zeros(3, np.float32) if plain else random.random(3, dtype=np.float32)
         rasteriser.project(parameters, count, views.cameras[index])
-        loss, plane_gradients = loss_and_gradients(rasteriser, rasteriser.compose(), *targets[index], background, weights)
+        planes = rasteriser.compose()
+        loss, plane_gradients = loss_and_gradients(rasteriser, planes, *targets[index], background, weights)
         if not np.isfinite(loss):
             raise KilnError(
                 "fit-diverged", f"The fit broke down at step {step}: its loss is no number.", "Try another seed or fewer splats."
             )
         screen = rasteriser.backward(plane_gradients, background, gradients)
+        if shape:
+            depth, normals = (None, None) if views.depth is None else (views.depth[index], views.normals[index])
+            if shape.normal > 0 and normals is None:
+                depth, normals = surface_of_picture(views.cameras[index], rasteriser.cropped(planes))
+            add_shape(rasteriser, views.alpha[index], depth, normals, shape, gradients)
+        if shape.distortion > 0:
+            add_distortion(rasteriser, views.cameras[index], shape.distortion, gradients)
         adam.step(rasteriser.threads, parameters, gradients, rates(schedule, len(parameters), step / p.iterations))
         pull += screen
         seen += screen > 0

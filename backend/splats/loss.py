@@ -45,11 +45,11 @@ def sign_of(x):
 
 
 @kernel
-def compare(counter, x0, y0, x1, y1, width, height, row, planes, target, background, weights, gradients, losses):
+def compare(counter, x0, y0, x1, y1, width, height, row, planes, target, background, weights, counts, gradients, losses):
     """Loss (one number for each band and channel, to be added in order) and its gradient by the planes, in the pixels x0..x1, y0..y1.
 
     `target`: red, green, blue (on black), alpha, depth as planes like the picture's. `weights`: of L1, 1 - SSIM, alpha, depth, all divided
-    by the number of values that their mean goes over.
+    by the number of values that their mean goes over. `counts` (a plane, or None): how much each pixel counts.
     """
     area = planes.shape[0] // PLANES
     bands = (y1 - y0 + BAND - 1) // BAND
@@ -75,13 +75,17 @@ def compare(counter, x0, y0, x1, y1, width, height, row, planes, target, backgro
                     place = y * row + x
                     alpha, depth = load(planes, 4 * area + place), load(planes, 3 * area + place)
                     off = alpha - load(target, 3 * area + place)
-                    by_alpha = w_alpha * sign_of(off)
-                    loss = loss + w_alpha * size(off)
+                    share_alpha, share_depth = spread(w_alpha), spread(w_depth)
+                    if counts is not None:
+                        here_counts = load(counts, place)
+                        share_alpha, share_depth = share_alpha * here_counts, share_depth * here_counts
+                    by_alpha = share_alpha * sign_of(off)
+                    loss = loss + share_alpha * size(off)
                     truth = load(target, 4 * area + place)
                     # D - d A = sum of w (z - d): each Gaussian is drawn to the depth that the view has, in proportion to its share.
                     off = where(truth > F(0), depth - truth * alpha, none)
-                    by_depth = w_depth * sign_of(off)
-                    loss = loss + w_depth * size(off)
+                    by_depth = share_depth * sign_of(off)
+                    loss = loss + share_depth * size(off)
                     store(gradients, 3 * area + place, by_depth)
                     store(gradients, 4 * area + place, by_alpha - truth * by_depth)
             losses[item] = total(loss)
@@ -101,6 +105,8 @@ def compare(counter, x0, y0, x1, y1, width, height, row, planes, target, backgro
                     if y >= y0 and y < y1 and column >= x0 and column < x1:
                         picture = load(planes, channel * area + place) + back * (_ONE - load(planes, 4 * area + place))
                     truth = load(target, channel * area + place) + back * (_ONE - load(target, 3 * area + place))
+                    if counts is not None:
+                        picture = truth + load(counts, place) * (picture - truth)
                     inside = ramp() < F(width - column)
                     picture, truth = where(inside, picture, none), where(inside, truth, none)
                 store(a, here, picture)
@@ -150,7 +156,10 @@ def compare(counter, x0, y0, x1, y1, width, height, row, planes, target, backgro
                 gradient = w_l1 * sign_of(off)
                 if w_ssim > 0:
                     gradient = gradient - w_ssim * (blurred(v0, x, 1) + picture * blurred(v1, x, 1) + truth * blurred(v2, x, 1))
-                store(gradients, channel * area + y * row + x0 - _MARGIN + x, gradient)
+                place = y * row + x0 - _MARGIN + x
+                if counts is not None:
+                    gradient = gradient * load(counts, place)
+                store(gradients, channel * area + place, gradient)
         losses[item] = total(loss)
 
 
@@ -189,10 +198,12 @@ def loss_and_gradients(
     subject: tuple[int, int, int, int],
     background: Float[np.ndarray, "3"],
     weights: Weights,
+    counts: Float[np.ndarray, "rows columns"] | None = None,
 ) -> tuple[float, Float[np.ndarray, "5 rows columns"]]:
     """The loss of a picture that `rasteriser` has just composed, and its gradient for `Rasteriser.backward`.
 
     target: red, green, blue (on black), alpha, depth (0 where unknown). subject: x0, y0, x1, y1 in tiles, outside which target is empty.
+    counts: how much each pixel counts, 0 to 1; where it is 0 the picture passes for the target, in SSIM's windows too. None: all count.
     """
     lit = np.nonzero(np.diff(rasteriser.starts).reshape(rasteriser.tiles_y, rasteriser.tiles_x))
     x0, y0, x1, y1 = subject
@@ -209,7 +220,7 @@ def loss_and_gradients(
     )
     run(
         rasteriser.threads, compare, x0, y0, x1, y1, width, height, row, planes.reshape(-1), target.reshape(-1),
-        np.asarray(background, np.float32), factors, gradients, losses,
+        np.asarray(background, np.float32), factors, None if counts is None else counts.reshape(-1), gradients, losses,
     )  # fmt: skip
     return float(losses.sum(dtype=np.float64)), gradients.reshape(planes.shape)
 

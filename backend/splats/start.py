@@ -14,30 +14,39 @@ from .model import SH_C0, Splats
 SOLID = 0.5  # alpha from which a pixel belongs to the subject
 HULL_GRID = 96  # cells along each side of the hull's grid
 VOTES = 0.9  # share of the views whose silhouette must hold a cell: they may disagree a little
-OPACITY = 0.3  # at the start, so that splats behind others get gradients
-FLATNESS = 0.5  # thickness of a surface splat by its extent
+OPACITY = 0.3  # of splats in a hull at the start, so that those behind others get gradients
+# On a surface that is known nothing has to be looked for behind it, and what is small, thin and solid lets fine print through at once.
+SURFACE_OPACITY = 0.7
+SURFACE_EXTENT = 0.6  # standard deviation along the surface by the distance to the neighbours
+FLATNESS = 0.1  # thickness by extent
+BASE_SHARE = 0.25  # of the splats on a surface are spread evenly; the rest go where one colour says least
+HALVINGS = 2  # how often an even cell may be halved there
 
 
 def on_surface(views: Views, count: int, sh_degree: int, random: np.random.Generator) -> Splats:
-    """Flat Gaussians on the surface that depth and normals of all views show, at most `count`, evenly spread."""
+    """Flat Gaussians on the surface that depth and normals of all views show, at most `count`: more where colours change within less."""
     found: list[tuple] = []
     for i, camera in enumerate(views.cameras):
         solid = (views.alpha[i] > SOLID) & (views.depth[i] > 0)
-        found.append((camera.unproject(views.depth[i])[solid], views.images[i][solid], views.normals[i][solid]))
-    points, colors, normals = (np.concatenate(part) for part in zip(*found, strict=True))
+        points, normals = camera.unproject(views.depth[i])[solid], views.normals[i][solid]
+        towards = camera.centre - points
+        facing = (towards * normals).sum(1) / np.linalg.norm(towards, axis=1)
+        # A view that looks along the surface smears its colours over it.
+        found.append((points, views.images[i][solid], normals, np.maximum(facing, 0.05) ** 2))
+    points, colors, normals, weights = (np.concatenate(part) for part in zip(*found, strict=True))
     if len(points) == 0:
         raise KilnError("bad-input", "No view has depth where its alpha shows the subject.", "Capture the views again.")
-    thinned = _thin(points, count)
-    sizes = np.bincount(thinned)
+    cells = _cells(points, colors, weights, count)
+    sums = np.bincount(cells, weights)
     points, colors, normals = (
-        np.stack([np.bincount(thinned, column) for column in part.T], 1) / sizes[:, None] for part in (points, colors, normals)
+        np.stack([np.bincount(cells, weights * column) for column in part.T], 1) / sums[:, None] for part in (points, colors, normals)
     )
+    spacing = _spacing(points)
     if len(points) > count:
         kept = random.choice(len(points), count, replace=False)
-        points, colors, normals = points[kept], colors[kept], normals[kept]
-    spacing = _spacing(points)
-    scales = np.stack([spacing, spacing, FLATNESS * spacing], 1)
-    return _splats(points, _quaternions_to(normals), scales, OPACITY, colors, sh_degree)
+        points, colors, normals, spacing = points[kept], colors[kept], normals[kept], spacing[kept]
+    scales = SURFACE_EXTENT * np.stack([spacing, spacing, FLATNESS * spacing], 1)
+    return _splats(points, _quaternions_to(normals), scales, SURFACE_OPACITY, colors, sh_degree)
 
 
 def in_hull(views: Views, count: int, sh_degree: int, random: np.random.Generator) -> Splats:
@@ -99,20 +108,62 @@ def _facing_colors(views: Views, points, outward):
     return np.where(weight > 0, total / np.maximum(weight, 1e-12), 0.5)
 
 
-def _thin(points, count):
-    """A number for each point, equal for points of one voxel; voxels as small as leaves about `count` of them."""
-    low = points.min(0)
-    extent = float((points.max(0) - low).max()) + 1e-9
+def _cells(points, colors, weights, count):
+    """A number for each point, equal for points of one cell: an octree of about `count` leaves.
+
+    It begins with even cells and halves, over and over, the one whose colours differ most from their mean (summed squares, weighted): what
+    one splat for each cell gets wrong in all views together. Fine print gets small splats, a plain side large ones.
+    """
+    size = _even_size(points, max(int(count * BASE_SHARE), 1))
+    cells: list[np.ndarray] = []  # of each point, level by level
+    errors: list[np.ndarray] = []  # of each cell; a level's `above` is the least error of the cells around one
+    above: list[np.ndarray] = []
+    for level in range(HALVINGS + 1):
+        here = np.unique(_cell_keys(points, size / 2**level), return_inverse=True)[1].reshape(-1)
+        sums = np.maximum(np.bincount(here, weights), 1e-12)
+        means = [np.bincount(here, weights * column) / sums for column in colors.T]
+        around = np.full(len(sums), np.inf)
+        if level:
+            around[here] = np.minimum(above[-1], errors[-1])[cells[-1]]
+        off = sum(((column - mean[here]) ** 2 for column, mean in zip(colors.T, means, strict=True)), np.zeros(len(points)))
+        errors.append(np.bincount(here, weights * off))
+        cells.append(here)
+        above.append(around)
+
+    def leaves(limit):
+        """How many there are when every cell with an error above `limit` is halved."""
+        inner = [int(((around > limit) & (error <= limit)).sum()) for around, error in zip(above[:-1], errors[:-1], strict=True)]
+        return sum(inner) + int((above[-1] > limit).sum())
+
+    low, high = 1e-9, float(errors[0].max()) + 2e-9
+    for _ in range(24):
+        middle = (low * high) ** 0.5
+        if leaves(middle) > count:
+            low = middle
+        else:
+            high = middle
+    found = cells[0]
+    for level in range(1, HALVINGS + 1):
+        found = np.where(above[level][cells[level]] > high, cells[level] + level * len(points), found)
+    return np.unique(found, return_inverse=True)[1].reshape(-1)
+
+
+def _cell_keys(points, size):
+    cells = ((points - points.min(0)) / size).astype(np.int64)
+    return (cells[:, 0] << 42) + (cells[:, 1] << 21) + cells[:, 2]
+
+
+def _even_size(points, count):
+    """The size of the cubes of which points fill about `count`."""
+    extent = float(np.ptp(points, axis=0).max()) + 1e-9
     small, large = extent / 4096, extent
     for _ in range(14):
         size = (small * large) ** 0.5
-        cells = ((points - low) / size).astype(np.int64)
-        if len(np.unique((cells[:, 0] << 40) + (cells[:, 1] << 20) + cells[:, 2])) > count:
+        if len(np.unique(_cell_keys(points, size))) > count:
             small = size
         else:
             large = size
-    cells = ((points - low) / large).astype(np.int64)
-    return np.unique((cells[:, 0] << 40) + (cells[:, 1] << 20) + cells[:, 2], return_inverse=True)[1].reshape(-1)
+    return large
 
 
 def _spacing(points):

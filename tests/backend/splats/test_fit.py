@@ -7,7 +7,7 @@ import pytest
 
 from backend.splats import gpu
 from backend.splats.fit import SCHEDULE, fit, growth_steps, pruned_and_grown
-from backend.splats.raster_cpu import LOG_SCALE, OPACITY, pack
+from backend.splats.raster_cpu import LOG_SCALE, OPACITY, Rasteriser, pack
 from backend.splats.render import render
 from backend.splats.start import in_hull, on_surface
 from protocol import recipes
@@ -110,6 +110,21 @@ def test_points_of_depth_lie_flat_on_the_surface():
     assert np.abs(0.5 + 0.28209479 * start.sh[:, 0] - expected).mean() < 0.06
 
 
+def test_fine_print_gets_small_splats_and_a_plain_side_large_ones():
+    """Half of the sphere is striped, half is plain: nearly all splats beyond the even ones lie in the stripes."""
+    views = sphere.views(geometry=True).for_fitting
+    points = np.stack([camera.unproject(depth) for camera, depth in zip(views.cameras, views.depth, strict=True)])
+    stripes = 0.5 + 0.4 * np.sign(np.sin(60 * points[..., 2:]))
+    painted = dataclasses.replace(views, images=np.where(points[..., :1] > 0, stripes, 0.5).repeat(3, -1).astype(np.float32))
+    start = on_surface(painted, 1000, 0, np.random.default_rng(0))
+    assert 900 < len(start) <= 1000
+    striped = start.means[:, 0] > 0.03
+    assert striped.sum() > 3 * (~striped).sum()
+    assert np.median(start.log_scales[striped, 0]) < np.median(start.log_scales[~striped, 0]) - 0.3
+    even = on_surface(dataclasses.replace(views, images=np.full_like(views.images, 0.5)), 1000, 0, np.random.default_rng(0))
+    assert 100 < len(even) <= 1000 and 0.7 < (even.means[:, 0] > 0).mean() / 0.5 < 1.3
+
+
 def test_growth_removes_what_is_useless_and_splits_what_is_pulled_hardest():
     random = np.random.default_rng(0)
     matrix = pack(reference.cloud(100, 0, 0))[:, :100]
@@ -157,6 +172,23 @@ def test_a_fit_reports_and_can_be_stopped(views, monkeypatch):
         fit(views, dataclasses.replace(QUICK, iterations=100_000), 0, stop)
 
 
+@pytest.mark.parametrize("geometry", [False, True], ids=["colours", "geometry"])
+def test_every_term_can_be_asked_for_and_repeats_bit_by_bit_on_any_number_of_threads(geometry, monkeypatch):
+    views = sphere.views(geometry=geometry)
+    weights = dict(normal_weight=0.05, consistency_weight=0.05, flat_weight=0.05, distortion_weight=1.0, hull_weight=0.05)
+    asked = dataclasses.replace(QUICK, iterations=120, **weights)
+    found = []
+    for threads in (1, 3):
+        monkeypatch.setattr("backend.splats.fit.Rasteriser", lambda threads=threads: Rasteriser(threads))
+        found.append(fit(views, asked, seed=3))
+    for field in dataclasses.fields(found[0]):
+        assert np.array_equal(getattr(found[0], field.name), getattr(found[1], field.name))
+    plain = fit(views, dataclasses.replace(QUICK, iterations=120), seed=3)
+    thin, usual = (np.median(splats.log_scales.min(1) - splats.log_scales.max(1)) for splats in (found[0], plain))
+    assert psnr(found[0], views) > psnr(plain, views) - 2
+    assert thin < usual  # flatter, in the middle
+
+
 def broken(views, **changes):
     return dataclasses.replace(views, **changes)
 
@@ -176,6 +208,35 @@ def test_views_that_cannot_be_fitted_are_refused_in_a_sentence(views, spoil, say
     with pytest.raises(KilnError, match=says) as refused:
         fit(spoil(views), QUICK, seed=0)
     assert refused.value.code == "bad-input" and refused.value.hint
+
+
+@pytest.mark.parametrize("value", [0, 1], ids=["of nothing", "of everything"])
+def test_half_the_views_without_a_silhouette(views, value):
+    """Alpha all 0 in every other view leaves no hull; all 1 leaves the hull of the others."""
+    alpha = views.alpha.copy()
+    alpha[::2] = value
+    spoilt = broken(views, alpha=alpha)
+    if value == 0:
+        with pytest.raises(KilnError, match="enclose nothing"):
+            fit(spoilt, QUICK, seed=0)
+    else:
+        assert len(fit(spoilt, dataclasses.replace(QUICK, iterations=60), seed=0)) > 100
+
+
+def test_pictures_without_a_silhouette_fit_or_are_refused(views):
+    everything = broken(views, alpha=np.ones_like(views.alpha))
+    splats = fit(everything, dataclasses.replace(QUICK, iterations=60), seed=0)
+    assert 0 < len(splats) <= QUICK.splats and np.isfinite(splats.means).all()
+
+
+def test_pictures_of_another_object_in_half_the_views_give_splats(views):
+    """Another picture in the same silhouette: nothing explains both, and what comes out is finite."""
+    images = views.images.copy()
+    images[::2] = np.random.default_rng(0).random(images[::2].shape)
+    splats = fit(broken(views, images=images), dataclasses.replace(QUICK, iterations=100), seed=0)
+    assert len(splats) > 100
+    for field in dataclasses.fields(splats):
+        assert np.isfinite(getattr(splats, field.name)).all()
 
 
 def test_asking_for_a_gpu_that_is_not_there_is_refused(views):

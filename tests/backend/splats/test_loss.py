@@ -15,10 +15,11 @@ from tests.backend.splats import reference
 BACKGROUND = np.array([0.2, 0.9, 0.4], np.float32)
 
 
-def torch_loss(planes, target, weights):
+def torch_loss(planes, target, weights, counts=1.0):
     """Planes 5 x H x W: red, green, blue on black, accumulated depth, alpha; target's last two are alpha, depth."""
     background = torch.tensor(BACKGROUND, dtype=torch.float64)[:, None, None]
     a, b = planes[:3] + (1 - planes[4]) * background, target[:3] + (1 - target[3]) * background
+    a = b + counts * (a - b)
     window = torch.exp(-0.5 * (torch.arange(11, dtype=torch.float64) - 5) ** 2 / 1.5**2)
     window = torch.outer(window, window) / window.sum() ** 2
 
@@ -28,14 +29,15 @@ def torch_loss(planes, target, weights):
     mean_a, mean_b = blurred(a), blurred(b)
     var_a, var_b, both = blurred(a * a) - mean_a**2, blurred(b * b) - mean_b**2, blurred(a * b) - mean_a * mean_b
     ssim = (2 * mean_a * mean_b + 1e-4) * (2 * both + 9e-4) / ((mean_a**2 + mean_b**2 + 1e-4) * (var_a + var_b + 9e-4))
-    depth = torch.where(target[4] > 0, (planes[3] - target[4] * planes[4]).abs(), 0.0).mean()
-    alpha = (planes[4] - target[3]).abs().mean()
+    depth = torch.where(target[4] > 0, (planes[3] - target[4] * planes[4]).abs() * counts, 0.0).mean()
+    alpha = ((planes[4] - target[3]).abs() * counts).mean()
     return (1 - weights.ssim) * (a - b).abs().mean() + weights.ssim * (1 - ssim.mean()) + weights.alpha * alpha + weights.depth * depth
 
 
 @pytest.mark.parametrize("weights", [Weights(0.3, 0.5, 0.7), Weights(0.0, 0.5, 0.0), Weights(1.0, 0.0, 0.0)], ids=str)
 @pytest.mark.parametrize("size", [(84, 77), (64, 96), (150, 21)], ids=str)
-def test_value_and_gradient_are_those_of_autograd(weights, size):
+@pytest.mark.parametrize("masked", [False, True], ids=["all pixels", "some pixels"])
+def test_value_and_gradient_are_those_of_autograd(weights, size, masked):
     """Splats and target each fill another part of the picture, some of it at the edges."""
     view = dataclasses.replace(look_at((1.2, -2.2, 0.9), (0.1, 0, 0), 60, 0.8), width=size[0], height=size[1])
     rasteriser, splats = Rasteriser(2), reference.cloud(100, 0, 1, size=0.05)
@@ -46,12 +48,20 @@ def test_value_and_gradient_are_those_of_autograd(weights, size):
     target[:, 16:bottom, 16 : size[0]] = np.random.default_rng(0).random((5, bottom - 16, size[0] - 16))
     target[:3] *= target[3]
     target[4, :, :40] = 0
+    counts = np.random.default_rng(1).random(planes.shape[1:], dtype=np.float32) if masked else None
+    if counts is not None:
+        counts[:, 30:50] = 0
     value, gradients = loss_and_gradients(
-        rasteriser, planes, target, (1, 1, rasteriser.tiles_x, min(3, rasteriser.tiles_y)), BACKGROUND, weights
+        rasteriser, planes, target, (1, 1, rasteriser.tiles_x, min(3, rasteriser.tiles_y)), BACKGROUND, weights, counts
     )
 
     theirs = torch.tensor(rasteriser.cropped(planes).copy(), dtype=torch.float64, requires_grad=True)
-    expected = torch_loss(theirs, torch.tensor(rasteriser.cropped(target).copy(), dtype=torch.float64), weights)
+    expected = torch_loss(
+        theirs,
+        torch.tensor(rasteriser.cropped(target).copy(), dtype=torch.float64),
+        weights,
+        1.0 if counts is None else torch.tensor(rasteriser.cropped(counts)[0].copy(), dtype=torch.float64),
+    )
     expected.backward()
     assert value == pytest.approx(expected.item(), rel=2e-5)
     drawn = np.repeat(np.repeat(np.diff(rasteriser.starts).reshape(rasteriser.tiles_y, -1) > 0, 16, 0), 16, 1)[: size[1], : size[0]]
