@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Bool, Int
-from scipy.sparse import coo_matrix, diags
+from numba import njit, prange
+from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from backend.mesh import raster
@@ -60,15 +61,42 @@ def subset(mesh: Mesh, faces: Bool[np.ndarray, "f"]) -> Mesh:
 
 def smooth(mesh: Mesh, passes: int) -> Mesh:
     """Taubin's lambda-mu smoothing with uniform weights: a low-pass filter that keeps the volume."""
-    if passes == 0:
-        return mesh
-    count = len(mesh.vertices)
-    a, b = mesh.faces[:, [0, 1, 2]].ravel(), mesh.faces[:, [1, 2, 0]].ravel()
-    graph = coo_matrix((np.ones(2 * len(a)), (np.r_[a, b], np.r_[b, a])), shape=(count, count)).tocsr()
-    graph.data[:] = 1
-    mean = diags(1 / np.maximum(graph.getnnz(1), 1)) @ graph
     points = mesh.vertices.astype(np.float64)
+    neighbours, starts = _neighbours(mesh.faces, len(points))
     for _ in range(passes):
         for step in TAUBIN:
-            points = points + step * (mean @ points - points)
+            points = _towards_mean(points, neighbours, starts, step)
     return Mesh(points.astype(np.float32), mesh.faces)
+
+
+@njit(nogil=True, cache=True)
+def _neighbours(faces, count):
+    """Each vertex's neighbours, vertex after vertex, and where they start. On a closed surface each is in one face its successor."""
+    starts = np.zeros(count + 1, np.int64)
+    for f in range(len(faces)):
+        for k in range(3):
+            starts[faces[f, k] + 1] += 1
+    for v in range(count):
+        starts[v + 1] += starts[v]
+    neighbours, cursor = np.empty(starts[count], np.int32), starts[:-1].copy()
+    for f in range(len(faces)):
+        for k in range(3):
+            v = faces[f, k]
+            neighbours[cursor[v]] = faces[f, (k + 1) % 3]
+            cursor[v] += 1
+    return neighbours, starts
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def _towards_mean(points, neighbours, starts, step):
+    moved = np.empty_like(points)
+    for v in prange(len(points)):
+        count = max(starts[v + 1] - starts[v], 1)
+        for k in range(3):
+            total = 0.0
+            for n in range(starts[v], starts[v + 1]):
+                total += points[neighbours[n], k]
+            if starts[v + 1] == starts[v]:
+                total = points[v, k]
+            moved[v, k] = points[v, k] + step * (total / count - points[v, k])
+    return moved

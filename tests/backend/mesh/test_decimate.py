@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import trimesh
+from scipy.spatial import cKDTree
 
 from backend.mesh.decimate import decimate
 from backend.mesh.mesh import Mesh
@@ -42,3 +43,23 @@ def test_it_beats_or_equals_an_independent_library_on_error():
         return np.abs(np.linalg.norm(places, axis=1) - 1).mean()
 
     assert error(ours) <= 1.1 * error(trimesh.Trimesh(points, faces))
+
+
+def test_a_box_of_200_faces_keeps_its_edges():
+    found = reduce(trimesh.creation.box((1, 0.6, 0.4)).subdivide_to_size(0.03), 200)
+    assert found.is_watertight and len(found.faces) <= 200
+    corners = np.stack(np.meshgrid([-0.5, 0.5], [-0.3, 0.3], [-0.2, 0.2]), -1).reshape(-1, 3)
+    rims = np.concatenate([a + (b - a) * np.linspace(0, 1, 50)[:, None] for a in corners for b in corners if (a != b).sum() == 1])
+    on_surface = cKDTree(found.subdivide_to_size(0.005).vertices)  # half of that from one to the next along an edge that is sharp
+    assert on_surface.query(rims)[0].max() < 0.003
+    assert found.volume == pytest.approx(0.24, rel=1e-4)
+
+
+def test_a_decimated_sphere_keeps_its_volume():
+    shape = trimesh.creation.icosphere(5)
+    assert reduce(shape, 1000).volume == pytest.approx(shape.volume, rel=0.005)
+
+
+def test_equal_inputs_give_equal_meshes():
+    shape = trimesh.creation.torus(0.7, 0.25, 96, 48)
+    assert np.array_equal(reduce(shape, 500).vertices, reduce(shape, 500).vertices)
