@@ -369,6 +369,12 @@ def transformed(points: Points, matrix: np.ndarray, offset: np.ndarray) -> Point
     return replace(points, means=points.means @ matrix.T + offset, scales=scales, quaternions=quaternions, harmonics=harmonics)
 
 
+def joined(first: Points, second: Points) -> Points:
+    """Both, of one degree."""
+    parts = ("means", "scales", "quaternions", "colors", "opacities", "harmonics")
+    return replace(first, **{name: np.concatenate([getattr(first, name), getattr(second, name)]) for name in parts})
+
+
 def rotations(quaternions: np.ndarray) -> np.ndarray:
     """(N, 3, 3) of unit quaternions, w first."""
     w, x, y, z = quaternions.T.astype(np.float64)

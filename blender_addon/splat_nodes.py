@@ -88,6 +88,10 @@ def points_of(thing: bpy.types.Object, context: bpy.types.Context | None = None)
         bpy.data.meshes.remove(mesh)
         bpy.data.scenes.remove(scene)
     metres = context.scene.unit_settings.scale_length
+    for i, axis in enumerate("XYZ"):
+        if _get(_display(thing), f"Mirror {axis}"):
+            mirror = np.diag([-1.0 if k == i else 1.0 for k in range(3)])
+            points = splat_files.joined(points, splat_files.transformed(points, mirror, np.zeros(3)))
     return splat_files.transformed(points, world[:3, :3] * metres, world[:3, 3] * metres)
 
 
@@ -134,9 +138,27 @@ def _display(thing: bpy.types.Object) -> bpy.types.Modifier | None:
     return next((m for m in thing.modifiers if m.type == "NODES" and m.node_group and m.node_group.name.startswith(NAME)), None)
 
 
-def _set(modifier: bpy.types.Modifier, name: str, value: float) -> None:
-    socket = next(entry for entry in modifier.node_group.interface.items_tree if entry.item_type == "SOCKET" and entry.name == name)
-    modifier[socket.identifier] = value
+def _socket(modifier: bpy.types.Modifier, name: str) -> str | None:
+    """The identifier of the input with that name; None in files from before it was there."""
+    entries = modifier.node_group.interface.items_tree
+    return next((entry.identifier for entry in entries if entry.item_type == "SOCKET" and entry.name == name), None)
+
+
+def _set(modifier: bpy.types.Modifier, name: str, value: float | bool) -> None:
+    identifier = _socket(modifier, name)
+    if hasattr(modifier, "properties"):  # Blender 5.2
+        getattr(modifier.properties.inputs, identifier).value = value
+    else:
+        modifier[identifier] = value
+
+
+def _get(modifier: bpy.types.Modifier, name: str) -> float | bool:
+    identifier = _socket(modifier, name)
+    if identifier is None:
+        return False
+    if hasattr(modifier, "properties"):
+        return getattr(modifier.properties.inputs, identifier).value
+    return modifier.get(identifier, False)
 
 
 # The node group
@@ -167,6 +189,9 @@ def _node_group(degree: int) -> bpy.types.NodeTree:
     number("Viewport Share", 1.0, 0.0, 1.0, "Of the splats that viewports show; renders show all")
     solid = interface.new_socket("Solid", in_out="INPUT", socket_type="NodeSocketBool")
     solid.description = "Show opaque ellipsoids of 1.5 standard deviations: quick, and the same in every engine"
+    for axis in "XYZ":
+        mirror = interface.new_socket(f"Mirror {axis}", in_out="INPUT", socket_type="NodeSocketBool")
+        mirror.description = "Also show the splats mirrored at the object's origin. A Mirror modifier moves splats, but does not turn them"
     detail = interface.new_socket("Detail", in_out="INPUT", socket_type="NodeSocketInt")
     detail.default_value, detail.min_value, detail.max_value = 2, 1, 5
     detail.description = "Subdivisions of each ellipsoid; more only rounds the edges of solid ones"
@@ -271,7 +296,15 @@ def _node_group(degree: int) -> bpy.types.NodeTree:
             link(along.outputs[0], long.inputs[0])
             link(own.outputs[axis], long.inputs["Scale"])
             store(f"splat_axis_{axis + 1}", "FLOAT_VECTOR", long.outputs[0], 550 + 200 * axis)
-    result = node("NodeGroupOutput", 1250, 0)
+    for i, axis in enumerate("XYZ"):
+        there = node("GeometryNodeTransform", 1250 + 600 * i, -200)
+        there.inputs["Scale"].default_value = [-1.0 if k == i else 1.0 for k in range(3)]
+        link(latest, there.inputs["Geometry"])
+        both_sides = node("GeometryNodeJoinGeometry", 1450 + 600 * i, -100)
+        link(latest, both_sides.inputs[0])
+        link(there.outputs[0], both_sides.inputs[0])
+        latest = switch("GEOMETRY", 1650 + 600 * i, 0, given.outputs[f"Mirror {axis}"], latest, both_sides.outputs[0])
+    result = node("NodeGroupOutput", 3200, 0)
     link(latest, result.inputs[0])
     return group
 

@@ -247,6 +247,43 @@ def test_points_of_follows_crops_transforms_joins_and_modifiers():
         splat_nodes.points_of(bpy.context.object)
 
 
+@pytest.mark.oldest
+def test_mirrored_splats_are_shown_and_taken_out_mirrored():
+    """The modifier's own mirrors: their spheres are the reflected ellipsoids, and so are the splats that `points_of` gives."""
+    points = some(6, 1)
+    thing = added(points)
+    modifier = thing.modifiers["Splats"]
+    for name in ("Mirror X", "Mirror Z"):
+        splat_nodes._set(modifier, name, True)
+    thing.update_tag()
+    bpy.context.view_layer.update()
+    shown = [np.array(entry.matrix_world) for entry in bpy.context.evaluated_depsgraph_get().object_instances if entry.is_instance]
+    now = splat_nodes.points_of(thing)
+    assert len(shown) == len(now) == 24
+    flips = [np.diag(signs) for signs in ((1, 1, 1), (-1, 1, 1), (1, 1, -1), (-1, 1, -1))]
+    for k, flip in enumerate(flips):
+        part = slice(6 * k, 6 * k + 6)
+        assert np.allclose(now.means[part], points.means @ flip, atol=1e-5)
+        wanted = flip @ covariances(points) @ flip
+        assert np.allclose(covariances(now)[part], wanted, atol=1e-5)
+        for mean, covariance, opacity in zip(points.means @ flip, wanted, points.opacities):
+            sphere = min(shown, key=lambda matrix: np.linalg.norm(matrix[:3, 3] - mean))
+            ellipsoid = sphere[:3, :3] @ sphere[:3, :3].T / (2 * math.log(opacity * 255))
+            assert np.allclose(ellipsoid, covariance, atol=1e-4)
+    along = np.array([[0.6, 0, 0.8]])
+    before = splat_files.basis(along, 1)[0, 1:] @ points.harmonics[0]
+    after = splat_files.basis(along @ flips[1], 1)[0, 1:] @ now.harmonics[6]
+    assert np.allclose(before, after, atol=1e-5)
+
+
+@pytest.mark.oldest
+def test_of_very_many_splats_viewports_show_a_share(monkeypatch):
+    monkeypatch.setattr(splat_nodes, "EASY", 50)
+    added(some(500))
+    shown = [entry for entry in bpy.context.evaluated_depsgraph_get().object_instances if entry.is_instance]
+    assert 20 < len(shown) < 100
+
+
 def test_harmonics_turn_with_their_splats():
     """Seen along a turned direction, turned splats have the colour that they had along the direction before."""
     points = some(5, 3)
