@@ -136,12 +136,17 @@ def warm_up(idle: Callable[[], bool]) -> dict[str, Any]:
 
 
 def device() -> dict[str, Any]:
-    """What the worker computes on: `kind` (cuda, rocm, mps, cpu), `name`, `memory` and `free_memory` in bytes, `cores`, `torch`."""
+    """What the worker computes on: `kind` (cuda, rocm, mps, cpu), `name`, `memory` and `free_memory` in bytes, `cores`, `torch`, and as
+    `problem` why splats are not fitted on a GPU, where they are not."""
     found: dict[str, Any] = {"kind": "cpu", "name": "CPU", "cores": cores(), "memory": 0, "free_memory": 0, "torch": None}
     try:
         import torch
 
         found["torch"] = torch.__version__
+        from backend.splats import gpu
+
+        if reason := gpu.why_not():
+            found["problem"] = reason
         if torch.cuda.is_available():
             free, total = torch.cuda.mem_get_info()
             kind = "rocm" if torch.version.hip else "cuda"

@@ -249,7 +249,7 @@ def _wrong(draw: Callable, device: str) -> str:
 # ---------------------------------------------------------------- gsplat in this project's conventions
 
 
-def draw_with_gsplat(parameters, cameras, width: int, height: int, pulled=None, room=None):
+def draw_with_gsplat(parameters, cameras, width: int, height: int, pulled=None, room=None, features=None):
     """`raster_warp.draw` through gsplat (`room` is not needed: gsplat counts its entries itself)."""
     import gsplat
     import torch
@@ -259,16 +259,19 @@ def draw_with_gsplat(parameters, cameras, width: int, height: int, pulled=None, 
     means, quaternions = rows[:, MEAN:QUATERNION].contiguous(), rows[:, QUATERNION:LOG_SCALE].contiguous()
     scales = rows[:, LOG_SCALE:OPACITY].exp()
     sh = rows[:, SH:].reshape(len(rows), -1, 3)
-    directions = (means[None] - cameras[:, None, 16:19]).contiguous()
-    degree = round(sh.shape[1] ** 0.5) - 1
-    color = gsplat.spherical_harmonics(degree, directions, sh[None].expand(len(views), -1, -1, -1).contiguous())
-    planes = _depth_planes(means, quaternions, scales, views, lenses, width, height)
-    features, alpha, meta = gsplat.rasterization(
+    composed = features
+    if features is None:
+        directions = (means[None] - cameras[:, None, 16:19]).contiguous()
+        degree = round(sh.shape[1] ** 0.5) - 1
+        color = gsplat.spherical_harmonics(degree, directions, sh[None].expand(len(views), -1, -1, -1).contiguous())
+        planes = _depth_planes(means, quaternions, scales, views, lenses, width, height)
+        composed = torch.cat([torch.clamp_min(color + 0.5, 0.0), planes], -1)
+    picture, alpha, meta = gsplat.rasterization(
         means=means,
         quats=quaternions,
         scales=scales,
         opacities=rows[:, OPACITY].sigmoid(),
-        colors=torch.cat([torch.clamp_min(color + 0.5, 0.0), planes], -1),
+        colors=composed,
         viewmats=views,
         Ks=lenses,
         width=width,
@@ -287,10 +290,12 @@ def draw_with_gsplat(parameters, cameras, width: int, height: int, pulled=None, 
             pulled[1] += (strength > 0).sum(0)
 
         centres.register_hook(note)
-    x = torch.arange(width, device=means.device) + 0.5
-    y = torch.arange(height, device=means.device)[:, None] + 0.5
-    depth = features[..., 3] + x * features[..., 4] + y * features[..., 5]
-    return torch.cat([features[..., :3].permute(0, 3, 1, 2), depth[:, None], alpha.permute(0, 3, 1, 2)], 1)
+    last = picture[..., 3]
+    if features is None:
+        x = torch.arange(width, device=means.device) + 0.5
+        y = torch.arange(height, device=means.device)[:, None] + 0.5
+        last = last + x * picture[..., 4] + y * picture[..., 5]
+    return torch.cat([picture[..., :3].permute(0, 3, 1, 2), last[:, None], alpha.permute(0, 3, 1, 2)], 1)
 
 
 def _matrices(cameras):
@@ -401,6 +406,7 @@ def fit_with(engine: Engine, device, views: Views, p: recipes.Fit, seed: int, pr
     import torch
 
     from . import fit as shared
+    from . import shape_torch
 
     progress(0.0, "Placing splats")
     random = np.random.default_rng(seed)
@@ -413,6 +419,10 @@ def fit_with(engine: Engine, device, views: Views, p: recipes.Fit, seed: int, pr
     for index, target in enumerate(targets):
         target.copy_(torch.from_numpy(_target(views, index)))
     cameras = torch.tensor(np.stack([camera_numbers(camera) for camera in views.cameras]), device=device)
+    shape = shared.shape_weights(views, p)
+    normals = (
+        torch.tensor(views.normals, device=device) if shape.normal > 0 and views.depth is not None and views.normals is not None else None
+    )
     preview = shared.preview_camera(views.cameras)
     orders, rounds = shared.Orders(len(views), random), set(shared.growth_steps(p.iterations, schedule))
     at_once = min(VIEWS_A_STEP, len(views))
@@ -426,10 +436,19 @@ def fit_with(engine: Engine, device, views: Views, p: recipes.Fit, seed: int, pr
         chosen = looks[step]
         matrix = torch.cat(state.parts)
         matrix.register_hook(_only_numbers)
-        planes = engine.draw(matrix, cameras.index_select(0, chosen), width, height, state.pulled, state.room)
+        before = cameras.index_select(0, chosen)
+        target = targets.index_select(0, chosen)
+        planes = engine.draw(matrix, before, width, height, state.pulled, state.room)
         plain = step % 2 == 1 or not p.random_background
         background = black if plain else torch.rand((at_once, 3), device=device)
-        loss = engine.loss(planes, targets.index_select(0, chosen), background, weights)
+        loss = engine.loss(planes, target, background, weights)
+        if shape:
+            depth, facing = target[:, 4], None if normals is None else normals.index_select(0, chosen).float()
+            if shape.normal > 0 and facing is None:
+                depth, facing = shape_torch.surface_of_pictures(before, planes)
+            loss = loss + shape_torch.shape_of(matrix, before, target[:, 3], depth, facing, shape)
+        if shape.distortion > 0:
+            loss = loss + shape.distortion * shape_torch.distortion_of(engine.draw, matrix, before, width, height, state.room)
         state.adam.zero_grad(set_to_none=True)
         loss.backward()
         state.step(shared.rates(schedule, state.rows, step / p.iterations))
