@@ -107,7 +107,10 @@ class Fit:
     iterations: int = _number(1000, 50, 100_000, "Optimisation steps, one view each.")
     sh_degree: int = _number(0, 0, 3, "Degree of the colour's change with the viewing direction; 0 for unlit colour.")
     device: str = _choice(
-        "auto", {"auto": "The GPU where gsplat runs, else the CPU", "cpu": "The CPU", "cuda": "An NVIDIA GPU"}, "Where the fit runs.", True
+        "auto",
+        {"auto": "An NVIDIA GPU where one can be used, else the CPU", "cpu": "The CPU", "cuda": "An NVIDIA GPU"},
+        "Where the fit runs.",
+        True,
     )
     ssim_weight: float = _number(0.2, 0.0, 1.0, "Share of structural similarity in the colour loss; the rest is L1.", advanced=True)
     alpha_weight: float = _number(0.5, 0.0, 100.0, "Weight of the silhouette's L1 loss.", advanced=True)

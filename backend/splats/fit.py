@@ -99,7 +99,7 @@ def checked(views: Views) -> Views:
 
 
 def runs_on_cuda(device: str) -> bool:
-    """Whether a fit on `device` ("auto", "cpu", "cuda") runs through gsplat."""
+    """Whether a fit on `device` ("auto", "cpu", "cuda") runs on an NVIDIA GPU."""
     if device == "cpu":
         return False
     from .gpu import why_not
