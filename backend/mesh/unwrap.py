@@ -1,4 +1,4 @@
-"""UV charts, cut and packed by xatlas.
+"""UV charts: chosen by xatlas on a smoothed surface, relaxed until lengths are those of the true one, packed by xatlas.
 
 xatlas holds the GIL for as long as it works, half a minute for a large mesh: it runs in a process of its own, so that this one stays
 alive to report and to be cancelled. Large meshes are split in space first, as the time grows faster than the number of faces.
@@ -12,18 +12,28 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xatlas
 from jaxtyping import Float, Int
+from scipy.sparse import coo_matrix, diags
+from scipy.sparse.csgraph import connected_components
+from scipy.sparse.linalg import splu
 
 from backend.mesh.mesh import Mesh
 from backend.progress import Progress, silent
 from protocol.errors import KilnError
 
 MAX_COST = 8.0  # xatlas' price of a chart; its default of 2 cuts smooth surfaces into more charts
-WHOLE = 25_000  # faces up to which a mesh is cut into charts as a whole, in a few seconds
-PART = 5_000  # faces of a larger mesh that are cut together: each border between parts is a seam, but the time stays in proportion
+EVEN = 2  # passes of smoothing before charts are chosen
+RELAXATIONS = 8
+UNFOLDS = 50
+WHOLE = 100_000  # faces up to which a mesh is cut into charts as a whole
+PART = 25_000  # faces of a larger mesh that are cut together: each border between parts is a seam, but the time stays in proportion
+PACKED = 2048  # pixels at most that charts are packed in: larger textures take the same layout
+ATTEMPTS = 5
+RESULTS = ("source", "uv", "faces", "chart")
 FACES_A_SECOND = 5_000  # about, for the progress alone
 
 
@@ -41,11 +51,21 @@ def unwrap(
     if not np.isfinite(points).all() or extent == 0:
         raise KilnError("no-surface", "The surface has no extent, or vertices that are not numbers.", "Extract it again with another grid.")
     points = ((points - points.min(0)) * (10 / extent)).astype(np.float32)
+    given = {"points": points, "faces": mesh.faces, "size": size, "padding": padding}
+    source, uv, faces, label = _aside({**given, "stiff": np.zeros(0, np.int64)}, progress)
+    folded = _folded(uv, faces, label, size)
+    if len(folded):  # hardly ever: these charts stay as xatlas laid them out
+        source, uv, faces, label = _aside({**given, "stiff": folded}, progress)
+    return source, uv, faces
+
+
+def _aside(given: dict[str, Any], progress: Progress) -> list[np.ndarray]:
+    """`_cut` in a process of its own."""
     with tempfile.TemporaryDirectory(prefix="kiln-") as folder:
-        given, cut, said = Path(folder, "given.npz"), Path(folder, "cut.npz"), Path(folder, "said.txt")
-        np.savez(given, points=points, faces=mesh.faces, size=size, padding=padding)
+        told, cut, said = Path(folder, "given.npz"), Path(folder, "cut.npz"), Path(folder, "said.txt")
+        np.savez(told, **given)
         with said.open("wb") as log:
-            command = [sys.executable, "-m", "backend.mesh.unwrap", str(given), str(cut)]
+            command = [sys.executable, "-m", "backend.mesh.unwrap", str(told), str(cut)]
             process = subprocess.Popen(
                 command,
                 cwd=Path(__file__).parents[2],
@@ -57,7 +77,7 @@ def unwrap(
             started = time.monotonic()
             try:
                 while process.poll() is None:
-                    progress(1 - math.exp(-(time.monotonic() - started) * FACES_A_SECOND / len(mesh.faces)))
+                    progress(1 - math.exp(-(time.monotonic() - started) * FACES_A_SECOND / len(given["faces"])))
                     try:
                         process.wait(0.3)
                     except subprocess.TimeoutExpired:
@@ -70,7 +90,20 @@ def unwrap(
             last = said.read_text(errors="replace").strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
             raise KilnError("internal", f"Cutting the surface into charts failed: {last[0]}.", "Try fewer faces (surface.faces).")
         with np.load(cut, allow_pickle=False) as arrays:
-            return arrays["source"], arrays["uv"], arrays["faces"]
+            return [arrays[name] for name in RESULTS]
+
+
+def _folded(uv: Float[np.ndarray, "n 2"], faces: Int[np.ndarray, "f 3"], label: Int[np.ndarray, "f"], size: int) -> Int[np.ndarray, "c"]:
+    """Charts that lie over themselves: where the order of the faces decides which of them a pixel sees, and the two are no neighbours."""
+    from backend.mesh import raster  # not at the top: the process that cuts would load numba for nothing
+
+    screen = uv.astype(np.float64) * size
+    flat = np.ones(len(screen))
+    first, last = (raster.z_buffer(screen, flat, order, size, size)[1] for order in (faces, faces[::-1]))
+    row, column = np.nonzero((first >= 0) & (first + last != len(faces) - 1))
+    upper, lower = first[row, column], len(faces) - 1 - last[row, column]
+    touching = (faces[upper][:, :, None] == faces[lower][:, None, :]).any((1, 2))
+    return np.unique(label[upper[~touching]])
 
 
 def _parts(centres: Float[np.ndarray, "f 3"], faces: Int[np.ndarray, "f"]) -> list[Int[np.ndarray, "p"]]:
@@ -82,10 +115,48 @@ def _parts(centres: Float[np.ndarray, "f 3"], faces: Int[np.ndarray, "f"]) -> li
     return _parts(centres, order[: len(order) // 2]) + _parts(centres, order[len(order) // 2 :])
 
 
-def _cut(points: Float[np.ndarray, "n 3"], triangles: Int[np.ndarray, "f 3"], size: int, padding: int):
-    atlas = xatlas.Atlas()
+def _cut(
+    points: Float[np.ndarray, "n 3"], triangles: Int[np.ndarray, "f 3"], size: int, padding: int, stiff: Int[np.ndarray, "c"]
+) -> tuple[Int[np.ndarray, "m"], Float[np.ndarray, "m 2"], Int[np.ndarray, "f 3"], Int[np.ndarray, "f"]]:
+    """Source vertices, places and faces as of `unwrap`, and which chart of the smoothed surface each face was in.
+
+    Charts of the smoothed surface that are in `stiff`, or fold when they are relaxed, are cut again as the true surface asks.
+    """
     everything = np.arange(len(triangles))
     parts = [everything] if len(triangles) <= WHOLE else _parts(points[triangles].mean(1), everything)
+    source, rough, faces = _charts(_even(points, triangles), triangles, parts)
+    rough, label = _scaled(rough, points[source], faces)
+    chart = label[faces[:, 0]]
+    uv = _unfold(_relax(points.astype(np.float64)[source], rough, faces), faces)
+    bad = np.union1d(chart[(_area(uv, faces) <= 0) & (_area(rough, faces) > 0)], stiff)
+    again = [np.flatnonzero(chart == number) for number in bad]
+    if again:
+        new, places, cut = _charts(points, triangles, again)
+        places, _ = _scaled(places, points[new], cut[cut[:, 0] >= 0])
+        faces = np.where(cut >= 0, cut + len(source), faces)
+        source, uv = np.concatenate([source, new]), np.concatenate([uv, places])
+        kept, index = np.unique(faces, return_inverse=True)
+        source, uv, faces = source[kept], uv[kept], index.reshape(-1, 3)
+    return source, _pack(uv, faces, size, padding), faces.astype(np.int32), chart
+
+
+def _even(points: Float[np.ndarray, "n 3"], triangles: Int[np.ndarray, "f 3"]) -> Float[np.ndarray, "n 3"]:
+    """The surface smoothed so far that bumps of a triangle's size and thin triangles do not make charts of their own."""
+    a, b = triangles[:, [0, 1, 2]].ravel(), triangles[:, [1, 2, 0]].ravel()
+    graph = coo_matrix((np.ones(2 * len(a)), (np.r_[a, b], np.r_[b, a])), shape=(len(points),) * 2).tocsr()
+    graph.data[:] = 1
+    around = graph.getnnz(1)[:, None]
+    even = points.astype(np.float64)
+    for _ in range(EVEN):
+        even = np.where(around > 0, (even + graph @ even / np.maximum(around, 1)) / 2, even)
+    return even.astype(np.float32)
+
+
+def _charts(
+    points: Float[np.ndarray, "n 3"], triangles: Int[np.ndarray, "f 3"], parts: list[Int[np.ndarray, "p"]]
+) -> tuple[Int[np.ndarray, "m"], Float[np.ndarray, "m 2"], Int[np.ndarray, "f 3"]]:
+    """xatlas' charts of each part: source vertices, places in any unit, and faces, -1 where no part holds the face."""
+    atlas = xatlas.Atlas()
     used = []
     for part in parts:
         own, index = np.unique(triangles[part], return_inverse=True)
@@ -93,22 +164,123 @@ def _cut(points: Float[np.ndarray, "n 3"], triangles: Int[np.ndarray, "f 3"], si
         atlas.add_mesh(points[own], index.reshape(-1, 3).astype(np.uint32))
     charts, pack = xatlas.ChartOptions(), xatlas.PackOptions()
     charts.max_cost = MAX_COST
-    pack.resolution, pack.padding, pack.bilinear, pack.blockAlign = size, padding + 1, True, False
-    pack.rotate_charts = True
+    pack.resolution = 256  # it is packed again
     atlas.generate(charts, pack)
-    sources, places, faces, count = [], [], np.empty((len(triangles), 3), np.int32), 0
+    sources, places, faces, count = [], [], np.full((len(triangles), 3), -1, np.int64), 0
     for number, (part, own) in enumerate(zip(parts, used, strict=True)):
         source, cut, uv = atlas[number]
         sources.append(own[source])
-        places.append(uv)
+        places.append(uv.astype(np.float64) * [atlas.width, atlas.height])
         faces[part] = cut.astype(np.int64) + count
         count += len(source)
-    # xatlas packs to about the asked size; one scale for both sides keeps texels square
-    scale = np.array([atlas.width, atlas.height], np.float64) / max(atlas.width, atlas.height)
-    return np.concatenate(sources).astype(np.int64), np.clip(np.concatenate(places) * scale, 0, 1).astype(np.float32), faces
+    return np.concatenate(sources).astype(np.int64), np.concatenate(places), faces
+
+
+def _scaled(
+    uv: Float[np.ndarray, "n 2"], points: Float[np.ndarray, "n 3"], faces: Int[np.ndarray, "f 3"]
+) -> tuple[Float[np.ndarray, "n 2"], Int[np.ndarray, "n"]]:
+    """Every chart face up and with the area of its surface; and each vertex's chart."""
+    label = _labels(faces, len(uv))
+    count = label.max() + 1
+    corner, chart, area = points.astype(np.float64)[faces], label[faces[:, 0]], _area(uv, faces)
+    across = np.linalg.norm(np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0]), axis=1)
+    scale = np.sqrt(np.bincount(chart, across, count) / np.maximum(np.bincount(chart, np.abs(area), count), 1e-12))
+    mirror = np.where(np.bincount(chart, area, count) < 0, -1, 1)
+    return uv * np.stack([scale * mirror, scale], 1)[label], label
+
+
+def _labels(faces: Int[np.ndarray, "f 3"], count: int) -> Int[np.ndarray, "n"]:
+    """Each vertex's chart; a vertex without faces is one, too."""
+    a, b, c = faces.T
+    graph = coo_matrix((np.ones(2 * len(faces), bool), (np.r_[a, a], np.r_[b, c])), shape=(count, count))
+    return connected_components(graph, directed=False)[1]
+
+
+def _relax(points: Float[np.ndarray, "n 3"], uv: Float[np.ndarray, "n 2"], faces: Int[np.ndarray, "f 3"]) -> Float[np.ndarray, "n 2"]:
+    """Charts as nearly isometric as they go, in the points' unit (ARAP: Liu et al. 2008, "A local/global approach to mesh
+    parameterization").
+
+    Places in the plane are complex numbers.
+    """
+    corner = points[faces]
+    side, other = corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0]
+    length = np.maximum(np.linalg.norm(side, axis=1), 1e-12)
+    along = (side * other).sum(1) / length
+    height = np.linalg.norm(other - side * (along / length)[:, None], axis=1)
+    flat = np.stack([np.zeros(len(faces)), length, along + 1j * height], 1)
+    edges = []  # from, to, as they lie in the flat triangle, cotangent of the angle across
+    for k in range(3):
+        a, b, c = flat[:, k], flat[:, (k + 1) % 3], flat[:, (k + 2) % 3]
+        turn = (a - c).conj() * (b - c)
+        edges.append((faces[:, k], faces[:, (k + 1) % 3], b - a, np.clip(turn.real / np.maximum(np.abs(turn.imag), 1e-12), 0.01, 50)))
+    count = len(uv)
+    rows, columns, _, weights = (np.concatenate([edge[n] for edge in edges]) for n in range(4))
+    laplace = coo_matrix((-weights, (rows, columns)), shape=(count, count))
+    laplace = (laplace + laplace.T).tocsc()
+    anchor = 1e-9  # holds each chart where it is
+    system = laplace - diags(np.asarray(laplace.sum(1)).ravel() - anchor)
+    solver = splu(system.tocsc(), permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
+    place = uv[:, 0] + 1j * uv[:, 1]
+    for _ in range(RELAXATIONS):
+        turns = sum((place[to] - place[start]) * edge.conj() * weight for start, to, edge, weight in edges)
+        turns /= np.maximum(np.abs(turns), 1e-20)
+        wanted = anchor * place
+        for start, to, edge, weight in edges:
+            step = weight * turns * edge
+            wanted += np.bincount(to, step.real, count) - np.bincount(start, step.real, count)
+            wanted += 1j * (np.bincount(to, step.imag, count) - np.bincount(start, step.imag, count))
+        place = solver.solve(wanted.real) + 1j * solver.solve(wanted.imag)
+    return np.stack([place.real, place.imag], 1)
+
+
+def _unfold(uv: Float[np.ndarray, "n 2"], faces: Int[np.ndarray, "f 3"]) -> Float[np.ndarray, "n 2"]:
+    """Faces that lie upside down are turned by moving their corners to the middle of their neighbours, again and again."""
+    a, b = faces[:, [0, 1, 2]].ravel(), faces[:, [1, 2, 0]].ravel()
+    graph = coo_matrix((np.ones(2 * len(a)), (np.r_[a, b], np.r_[b, a])), shape=(len(uv),) * 2).tocsr()
+    graph.data[:] = 1
+    for _ in range(UNFOLDS):
+        corners = np.unique(faces[_area(uv, faces) <= 0])
+        if len(corners) == 0:
+            break
+        near = graph[corners]
+        uv[corners] = near @ uv / near.getnnz(1)[:, None]
+    return uv
+
+
+def _area(uv: Float[np.ndarray, "n 2"], faces: Int[np.ndarray, "f 3"]) -> Float[np.ndarray, "f"]:
+    """Twice the faces' signed areas."""
+    side, other = uv[faces[:, 1]] - uv[faces[:, 0]], uv[faces[:, 2]] - uv[faces[:, 0]]
+    return side[:, 0] * other[:, 1] - side[:, 1] * other[:, 0]
+
+
+def _pack(uv: Float[np.ndarray, "n 2"], faces: Int[np.ndarray, "f 3"], size: int, padding: int) -> Float[np.ndarray, "n 2"]:
+    """The charts side by side in the unit square, all at one scale, as large as they fit in a few attempts."""
+    side = min(size, PACKED)
+    wide = side * math.sqrt(0.5 / len(np.unique(_labels(faces, len(uv))[faces[:, 0]])))  # of a chart: many small ones stand closer
+    padding = max(min(padding + 1, round(wide * size / side / 8)), 2)
+    pack = xatlas.PackOptions()
+    pack.padding, pack.bilinear, pack.blockAlign, pack.rotate_charts = -(-padding * side // size), True, False, True
+    pack.resolution = 0
+    pack.texels_per_unit = side * math.sqrt(0.6 / max(np.abs(_area(uv, faces)).sum() / 2, 1e-12))
+    best, largest = None, math.inf
+    for _ in range(ATTEMPTS):
+        atlas = xatlas.Atlas()
+        atlas.add_uv_mesh(uv.astype(np.float32), faces.astype(np.uint32))
+        atlas.generate(xatlas.ChartOptions(), pack)
+        source, cut, found = atlas[0]
+        filled = max(atlas.width, atlas.height)
+        miss = filled / side if filled > side else (side / filled) ** 0.5  # too large costs padding, too small costs texels
+        if miss < largest:
+            best, largest = np.empty_like(uv), miss
+            best[faces.ravel()] = found[cut.ravel()] * np.array([atlas.width, atlas.height]) / max(filled, side)
+        if 0.98 * side <= filled <= side:
+            break
+        pack.texels_per_unit *= 0.99 * side / filled
+    return np.clip(best, 0, 1).astype(np.float32)
 
 
 if __name__ == "__main__":
     with np.load(sys.argv[1], allow_pickle=False) as arrays:
-        source, uv, faces = _cut(arrays["points"], arrays["faces"], int(arrays["size"]), int(arrays["padding"]))
-    np.savez(sys.argv[2], source=source, uv=uv, faces=faces)
+        found = _cut(arrays["points"], arrays["faces"], int(arrays["size"]), int(arrays["padding"]), arrays["stiff"])
+    named: dict[str, Any] = dict(zip(RESULTS, found, strict=True))
+    np.savez(sys.argv[2], **named)

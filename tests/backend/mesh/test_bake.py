@@ -137,12 +137,40 @@ def test_cutting_charts_stops_when_cancelled():
         unwrap.unwrap(as_mesh(BALL), 256, 2, cancel)
 
 
-def test_a_mesh_cut_in_parts_is_the_same_surface():
-    mesh = as_mesh(trimesh.creation.icosphere(5, 0.6))  # 20480 faces
-    source, uv, faces = unwrap.unwrap(mesh, 512, 2)
-    assert len(mesh.faces) > unwrap.PART
-    assert np.array_equal(source[faces], mesh.faces)
-    assert uv.min() >= 0 and uv.max() <= 1
+def test_a_mesh_cut_in_parts_is_the_same_surface(monkeypatch):
+    mesh = as_mesh(trimesh.creation.icosphere(4, 6.0))
+    monkeypatch.setattr(unwrap, "WHOLE", 2000)
+    monkeypatch.setattr(unwrap, "PART", 2000)
+    source, uv, faces, chart = unwrap._cut(mesh.vertices, mesh.faces, 512, 2, np.zeros(0, np.int64))
+    assert np.array_equal(source[faces], mesh.faces) and uv.min() >= 0 and uv.max() <= 1
+    again, _, faces, _ = unwrap._cut(mesh.vertices, mesh.faces, 512, 2, chart[:1])  # one chart cut anew
+    assert np.array_equal(again[faces], mesh.faces)
+
+
+def test_charts_are_few_and_keep_lengths_on_a_bumpy_surface():
+    shape = trimesh.creation.icosphere(5, 0.6)
+    bumpy = shape.vertices * (1 + 0.004 * np.random.default_rng(0).standard_normal((len(shape.vertices), 1)))
+    mesh = Mesh(bumpy.astype(np.float32), shape.faces.astype(np.int32))
+    source, uv, faces = unwrap.unwrap(mesh, 1024, 4)
+    label = unwrap._labels(faces, len(source))[faces[:, 0]]
+    assert label.max() + 1 < 40
+    corner, place = mesh.vertices[source][faces].astype(float), uv[faces].astype(float)
+    side, other = place[:, 1] - place[:, 0], place[:, 2] - place[:, 0]
+    laid = side[:, 0] * other[:, 1] - side[:, 1] * other[:, 0]
+    true = np.linalg.norm(np.cross(corner[:, 1] - corner[:, 0], corner[:, 2] - corner[:, 0]), axis=1)
+    scale = np.sqrt(np.abs(laid).sum() / true.sum())
+    length = np.linalg.norm(corner[:, 1] - corner[:, 0], axis=1) * scale
+    up = np.bincount(label, laid > 0) / np.bincount(label)
+    assert ((up < 0.001) | (up > 0.999)).all()  # packing may mirror a chart, but none is folded
+    assert 0.9 < np.quantile(np.linalg.norm(side, axis=1) / length, 0.05) and np.quantile(np.linalg.norm(side, axis=1) / length, 0.95) < 1.1
+
+
+def test_a_chart_that_lies_over_itself_is_noticed():
+    uv = np.array([[0, 0], [1, 0], [0, 1], [0.1, 0.1], [0.9, 0.1], [0.1, 0.9]], np.float32)
+    faces = np.array([[0, 1, 2], [3, 4, 5]], np.int32)
+    assert unwrap._folded(uv, faces, np.array([4, 4]), 64).tolist() == [4]
+    apart = uv + np.array([[0, 0]] * 3 + [[2, 0]] * 3, np.float32)
+    assert len(unwrap._folded(apart / 3, faces, np.array([4, 4]), 64)) == 0
 
 
 @pytest.fixture(scope="module")

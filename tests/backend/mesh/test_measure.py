@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import trimesh
 
-from backend.mesh.measure import psnr, score
+from backend.mesh.measure import angle, charts, psnr, score
+from backend.mesh.mesh import TexturedMesh
 from protocol.errors import KilnError
 
 
@@ -60,3 +61,16 @@ def test_a_file_without_a_mesh_is_refused(tmp_path):
     with pytest.raises(KilnError) as caught:
         score(tmp_path / "empty.obj", tmp_path / "empty.obj")
     assert caught.value.code == "bad-input"
+
+
+def test_charts_are_counted_and_their_share_of_the_texture_is_exact():
+    uv = np.array([[0, 0], [0.5, 0], [0.5, 0.5], [0, 0.5], [0.75, 0.75], [1, 0.75], [1, 1]], np.float32)
+    faces = np.array([[0, 1, 2], [0, 2, 3], [4, 5, 6]], np.int32)
+    mesh = TexturedMesh(np.zeros((7, 3), np.float32), np.zeros((7, 3), np.float32), uv, faces, np.zeros((256, 256, 3), np.uint8))
+    count, use = charts(mesh)
+    assert count == 2 and use == pytest.approx(0.25 + 0.03125, abs=0.002)
+
+
+def test_angles_are_degrees_whatever_the_length():
+    a, b = np.array([[2.0, 0, 0], [0, 1, 0]]), np.array([[1.0, 1, 0], [0, 3, 0]])
+    assert angle(a, b) == pytest.approx(22.5)
