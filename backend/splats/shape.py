@@ -2,6 +2,10 @@
 they lie in the hull and whether those of one pixel lie on one surface. Each costs time only where its weight is not 0.
 
 All are means over the Gaussians (distortion: over the pixels), added to the gradients that the picture's loss has left.
+
+Their weights are 0 by default. Held-out PSNR with 24 views at 256 px, one seed: normal 0.02 gained 0.2 dB on an object with fine print and
+nothing on a smooth one (where it cost 0.3 dB on white); flat 3 lost 0.15 dB from colours alone. The other three have not been measured on
+such objects.
 """
 
 from __future__ import annotations
