@@ -21,7 +21,7 @@ from . import parallel
 from .raster_cpu import DILATION, LEAST_ALPHA, LEAST_TRANSMITTANCE, LOG_SCALE, MOST_ALPHA, NEAR, OPACITY, QUATERNION, SH, TILE
 
 wp.config.log_level = wp.LOG_WARNING
-wp.config.kernel_cache_dir = str(Path(parallel._FOLDER).parent / f"warp-{wp.__version__}")
+wp.config.kernel_cache_dir = str(Path(parallel._FOLDER) / "warp")  # beside the CPU's compiled kernels: writable, and this user's own
 wp.set_module_options({"enable_backward": False, "default_grid_stride": False})
 
 RECORD = 8  # floats of a projected Gaussian: u, v, conic a b c, opacity, largest exponent, nothing
