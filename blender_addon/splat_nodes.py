@@ -22,6 +22,7 @@ from .splat_files import Points
 
 NAME = "Kiln splats"  # of the node group and of the materials, made once a file
 LEAST_ALPHA = 1 / 255  # what 3D Gaussian Splatting itself leaves out
+BOUNCES = 32  # through transparent surfaces, below which Cycles darkens splats: each takes two
 EASY = 200_000  # splats that a viewport still turns smoothly; of more, it shows a share
 
 
@@ -56,6 +57,14 @@ def is_splats(thing: bpy.types.Object) -> bool:
     """Whether the object holds splats as `make_object` makes them, edited or not."""
     wanted = {"scale", "rotation", "color", "opacity"}
     return thing.type == "MESH" and wanted <= set(thing.data.attributes.keys()) and _display(thing) is not None
+
+
+def advice(scene: bpy.types.Scene) -> str:
+    """A sentence where the scene's render settings would not show splats as they are, else nothing. The settings are the user's."""
+    if scene.render.engine == "CYCLES" and scene.cycles.transparent_max_bounces < BOUNCES:
+        now = scene.cycles.transparent_max_bounces
+        return f"Cycles follows {now} transparent bounces, so splats come out dark: set Light Paths, Transparent to {BOUNCES} or more."
+    return ""
 
 
 def points_of(thing: bpy.types.Object, context: bpy.types.Context | None = None) -> Points:
