@@ -301,6 +301,8 @@ def _follow(client: Any, job: dict[str, Any], bar: _Bar) -> dict[str, Any]:
             bar.stage(event["stage"] + (" (found finished)" if event.get("cached") else ""))
         elif kind == "progress":
             bar.show(event["fraction"], event.get("text", ""))
+        elif kind == "log" and "\n" not in event["text"]:  # a defect's trace has many lines; `kiln jobs show` prints it
+            bar.say(event["text"])
         elif kind == "started" and event.get("text") or kind == "queued" and event["number"] > 1:
             bar.say(event.get("text", ""))
     bar.close()

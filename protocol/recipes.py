@@ -179,7 +179,7 @@ class Subject:
 class Look:
     """Pictures that the backend itself takes of splats, to make a mesh from."""
 
-    count: int = _number(48, 8, 200, "Cameras around the splats.")
+    count: int = _number(48, 16, 200, "Cameras around the splats.")
     size: int = _number(512, 64, 2048, "Width and height of each picture.", "px")
 
 

@@ -31,7 +31,8 @@ FIELD_OF_VIEW = math.radians(40)
 SCORED = 8  # one picture in so many more is kept from the mesh, to score it
 GAP = 0.05  # of the subject's radius: empty space beyond which lie floaters and background
 FARTHEST = 2.0  # radii of the share that is surely the subject: how far parts without a gap may reach
-MARGIN = 1.15  # of the pictures around the subject: what lies beside it must be seen to be empty
+MIST = 0.05  # opacity of splats that make no surface; without them clean models look the same to 50 dB
+MARGIN = 1.4  # of the pictures around the subject: what lies beside it must be seen to be empty
 LARGEST = 0.3  # of the subject's radius: standard deviation from which a splat is background, sky or mist
 
 
@@ -41,10 +42,11 @@ def mesh_splats(run: Run, folder: Path, p: recipes.MeshSplats) -> Asset:
     given = read(folder, p.subject.up, run.log, run.progress)
     splats, frame = subject(given, p.subject, run.log)
     run.begin("Take pictures")
-    views = pictures(splats, frame, p.look, run.progress)
-    surface = run.stage("Extract surface", extract, splats, views, p.surface)
-    mesh = run.stage("Bake texture", bake, surface, splats, views, p.texture)
-    scores = run.stage("Measure", measure, mesh, splats, views)
+    solid = without_mist(splats)
+    views = pictures(solid, frame, p.look, run.progress)
+    surface = run.stage("Extract surface", extract, solid, views, p.surface)
+    mesh = run.stage("Bake texture", bake, surface, solid, views, p.texture)
+    scores = run.stage("Measure", measure, mesh, solid, views)
     return Asset(mesh, splats, frame, scores, {**run.report(p), "file_splats": len(given)})
 
 
@@ -98,6 +100,12 @@ def subject(splats: Splats, p: recipes.Subject, say: Callable[[str], None] = lam
         log_scales=(splats.log_scales + np.log(frame.scale)).astype(np.float32),
     )
     return moved, frame
+
+
+def without_mist(splats: Splats) -> Splats:
+    """The splats that can be part of a surface. Faint ones around a subject add up to a veil that its silhouettes would include."""
+    solid = splats.opacity_logits >= math.log(MIST / (1 - MIST))
+    return chosen(splats, solid) if solid.any() else splats
 
 
 def pictures(splats: Splats, frame: Frame, p: recipes.Look, progress: Progress = silent) -> Views:

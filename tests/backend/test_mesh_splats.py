@@ -8,7 +8,7 @@ import pytest
 import trimesh
 from PIL import Image
 
-from backend.pipelines.mesh_splats import mesh_splats, pictures, read, subject
+from backend.pipelines.mesh_splats import mesh_splats, pictures, read, subject, without_mist
 from backend.pipelines.run import Run
 from backend.splats import ply, spz
 from backend.splats.fit import fit
@@ -68,7 +68,7 @@ def test_a_splat_file_becomes_a_mesh_where_its_splats_are(tmp_path, fitted, suff
     assert mesh.is_watertight and mesh.volume > 0
     centre = FRAME.centre[[0, 2, 1]] * [1, 1, -1]  # GLB has Y up
     radii = np.linalg.norm(mesh.vertices - centre, axis=1) * FRAME.scale
-    assert abs(radii.mean() - 0.7) < 0.025 and np.abs(radii - 0.7).max() < 0.06
+    assert abs(radii.mean() - 0.7) < 0.045 and np.abs(radii - 0.7).max() < 0.1  # a pixel is 0.023 of these units
     report = json.loads((out / "report.json").read_text())
     assert report["recipe"] == "mesh_splats" and report["views"] == 20 and report["holdout_views"] == 3
     assert report["mesh_psnr"] > 24 and report["splats_psnr"] > 45 and report["file_splats"] == len(fitted) >= report["splats"]
@@ -115,7 +115,7 @@ def test_floaters_and_what_surrounds_the_subject_are_left_out(tmp_path):
     kept, frame = subject(joined(shell(), far, sky), recipes.Subject(), told.append)
     assert len(kept) == 3000 and np.abs(frame.centre).max() < 0.02
     assert told == ["25 of 3,025 splats lie apart from the subject or are too large for it, and are left out."]
-    assert 0.75 < np.linalg.norm(kept.means, axis=1).max() < 1
+    assert 0.6 < np.linalg.norm(kept.means, axis=1).max() < 1
 
 
 def test_what_follows_without_a_gap_belongs_to_the_subject():
@@ -124,6 +124,14 @@ def test_what_follows_without_a_gap_belongs_to_the_subject():
     antenna.means[:] = np.linspace(0.7, 1.35, 30)[:, None] * np.array([0, 0, 1], np.float32)
     kept, _ = subject(joined(shell(), antenna), recipes.Subject())
     assert len(kept) == 3030
+
+
+def test_faint_splats_around_the_subject_cast_no_silhouette():
+    mist = dataclasses.replace(shell(2000, 0.95, 3), opacity_logits=np.full(2000, -3.2, np.float32))  # opacity 0.04
+    views = pictures(without_mist(joined(shell(), mist)), FRAME, recipes.Look(count=8, size=64))
+    bare = pictures(shell(), FRAME, recipes.Look(count=8, size=64))
+    assert np.array_equal(views.alpha, bare.alpha) and bare.alpha.min() == 0
+    assert len(without_mist(mist)) == 2000  # where there is nothing else
 
 
 def test_a_ball_can_be_cut_out():
