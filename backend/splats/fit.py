@@ -8,7 +8,7 @@ views' alpha keep Gaussians out of empty space.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -38,7 +38,8 @@ class Schedule:
     mean_decay: factor on it at the end, reached exponentially. Kerbl: 0.01.
     quaternion_rate, log_scale_rate, opacity_rate, sh_rate: rates of the rest. Kerbl: 1e-3, 5e-3, 0.05, 2.5e-3.
     sh_rest_share: rate of the higher spherical harmonics by that of the constant one. Kerbl: 1/20.
-    end_decay: factor on all rates but the positions' at the end, so that the last steps settle.
+    end_decay, surface_end_decay: factor on all rates but the positions' at the end, so that the last steps settle; the second where the
+        surface is known and little has to be found.
     start_share, surface_share: Gaussians at the start by those asked for, in a hull and on a known surface; growth adds the rest. Halving
         the cells of a surface by its colours places them better than growth does.
     growth_rounds, growth_end: rounds of growth, evenly spaced, and the share of the fit by which they end. Kerbl: every 100 steps.
@@ -55,7 +56,8 @@ class Schedule:
     opacity_rate: float = 0.1
     sh_rate: float = 4e-2
     sh_rest_share: float = 0.25
-    end_decay: float = 0.05
+    end_decay: float = 0.2
+    surface_end_decay: float = 0.05
     start_share: float = 0.7
     surface_share: float = 0.95
     growth_rounds: int = 4
@@ -76,6 +78,8 @@ def fit(views: Views, p: recipes.Fit, seed: int, progress: Progress = silent, sc
     Gaussians can explain, `KilnError("no-device")` if `p.device` is not there.
     """
     views = checked(views.for_fitting)
+    if views.depth is not None and views.normals is not None:
+        schedule = replace(schedule, end_decay=schedule.surface_end_decay)
     if runs_on_cuda(p.device):
         from .gpu import fit_on_cuda
 
