@@ -92,25 +92,29 @@ SECONDS: dict[str, dict[str, float]] = {
 # Bytes that a stage holds at most, by stage and quantity; `base` is held in all of them.
 BYTES: dict[str, dict[str, float]] = {
     "base": {
-        "job": 0.45e9,  # Python, numba and its compiled kernels
-        "megapixels": 45e6,  # the views: colour, alpha, depth, normals and materials as floats
+        "job": 0.24e9,  # Python, numba and its compiled kernels
+        "megapixels": 31e6,  # the views: colour, alpha, depth, normals and materials
     },
     "fit": {
-        "kilosplats": 1.5e6,  # parameters, gradients, moments
-        "megapixels": 10e6,  # what is precomputed of each view
+        "kilosplats": 0.3e6,  # parameters, gradients, moments
+        "megapixels": 46e6,  # what is precomputed of each view
     },
     "look": {
-        "kilosplats": 0.6e6,
+        "kilosplats": 0.3e6,
+        "megapixels": 10e6,
     },
     "extract": {
-        "megacells": 12e6,  # blocks of the grid near the surface
-        "surface kilocells": 0.5e6,
-        "megapixels": 10e6,
+        "megacells": 8e6,  # blocks of the grid near the surface
+        "surface kilocells": 1.2e6,  # triangles before decimation
+        "megapixels": 35e6,  # distances from each view's outline
     },
     "bake": {
-        "megatexels": 250e6,  # positions, weights and colours of each texel
-        "megapixels": 10e6,
-        "kilofaces": 0.5e6,
+        "megatexels": 240e6,  # positions, weights and colours of each texel
+        "megapixels": 22e6,
+        "kilofaces": 1e6,  # charts
+    },
+    "measure": {
+        "megapixels": 62e6,  # pictures of splats and mesh beside the views
     },
 }
 

@@ -88,6 +88,20 @@ def steps():
         bpy.ops.ed.redo()
     yield
     seen["after_redo"] = kiln_collections()
+    mesh = next(name for name in bpy.data.objects.keys() if name.endswith("mesh"))
+    with bpy.context.temp_override(**viewport()):
+        bpy.ops.kiln.remesh_quads("INVOKE_DEFAULT", result=mesh, faces=400)
+    until = time.monotonic() + 100
+    while any(len(face.vertices) == 3 for face in list(bpy.data.objects[mesh].data.polygons)[:20]):
+        assert time.monotonic() < until and not session.current.notices, [str(notice.error) for notice in session.current.notices]
+        yield
+    sides = [len(face.vertices) for face in bpy.data.objects[mesh].data.polygons]
+    seen["quads"] = sides.count(4) / len(sides)
+    with bpy.context.temp_override(**viewport()):
+        bpy.ops.kiln.retexture("EXEC_DEFAULT", True, result=mesh, size=128)
+    yield
+    seen["retextured"] = "Ring retextured" in bpy.data.objects
+    seen["scene"] = [bpy.context.window_manager.windows[0].scene.name, *bpy.data.scenes.keys()]
 
 todo = steps()
 
@@ -158,3 +172,5 @@ def test_the_zip_installed_in_a_real_window_generates_and_imports_in_one_undo_st
     assert all(abs(one - other) < 0.05 * max(true) for one, other in zip(made, true))
     assert seen["after_undo"] == [] and seen["objects_as_before"]
     assert seen["after_redo"] == seen["collections"]
+    assert seen["quads"] > 0.95 and seen["retextured"]
+    assert seen["scene"] == ["Scene", "Scene"]
