@@ -31,7 +31,7 @@ from protocol import recipes
 SPOT = Path(__file__).resolve().parent.parent.parent / "shared" / "assets" / "static" / "spot.glb"
 COUNTS, SIZES = (5_000, 20_000, 50_000), (256, 512)
 VIEWS = (9, 24, 72)  # of which a fit of 20,000 splats at 256 px is timed for its growth with views
-ROUNDS = 3
+ROUNDS = 10
 
 
 def subject() -> tuple[str, TexturedMesh]:
