@@ -43,9 +43,9 @@ QUANTITIES: dict[str, Callable[[Values], float]] = {
 # Seconds on two quiet cores, by stage and quantity. Stages in IN_BLENDER run there, at that computer's speed.
 SECONDS: dict[str, dict[str, float]] = {
     "capture": {
-        "views": 0.10,  # a render's fixed cost: depth, normals and materials beside the colour
-        "rendered megapixels": 0.35,  # colour at 16 samples
-        "megapixels": 0.15,  # reading and compressing the exact passes
+        "views": 0.16,  # a render's fixed cost: depth, normals and materials beside the colour
+        "rendered megapixels": 0.5,  # colour at 16 samples
+        "megapixels": 0.25,  # reading and compressing the exact passes
     },
     "export": {
         "kilosplats": 0.002,  # reading the object, writing the file
@@ -55,9 +55,9 @@ SECONDS: dict[str, dict[str, float]] = {
         "megapixels": 0.06,  # PNG and npz
     },
     "fit": {
-        "iterations": 0.5e-3,  # what a step costs with nothing to draw
-        "iterations x megapixels": 0.04,  # forward, loss and backward per pixel
-        "iterations x kilosplats": 0.25e-3,  # projection, binning and Adam per splat
+        "iterations": 0.1e-3,  # what a step costs with nothing to draw
+        "iterations x megapixels": 0.07,  # forward, loss and backward per pixel
+        "iterations x kilosplats": 0.11e-3,  # projection, binning and Adam per splat
     },
     "fit on a GPU": {
         "job": 3.0,  # torch and the kernels come up
@@ -65,23 +65,23 @@ SECONDS: dict[str, dict[str, float]] = {
         "iterations x megapixels": 2.0e-3,
     },
     "look": {
-        "views x kilosplats": 0.5e-3,  # drawing each picture once
-        "megapixels": 0.05,
+        "views x kilosplats": 0.11e-3,  # drawing each picture once
+        "megapixels": 0.065,
     },
     "extract": {
-        "job": 0.2,
-        "megapixels": 0.05,  # visibility of the cells in every view
+        "job": 0.05,
+        "megapixels": 0.14,  # visibility of the cells in every view
         "surface kilocells": 0.02,  # marching cubes, smoothing, and decimation from that many triangles
     },
     "bake": {
-        "job": 0.5,
-        "kilofaces": 0.08,  # charts
-        "megatexels": 1.0,  # rasterising and solving the texture
-        "megapixels": 0.1,  # every view is looked up
+        "job": 0.4,
+        "kilofaces": 0.2,  # charts
+        "megatexels": 1.9,  # rasterising and solving the texture
+        "megapixels": 0.3,  # every view is looked up
     },
     "measure": {
-        "views": 0.01,
-        "megapixels": 0.02,
+        "views": 0.004,
+        "megapixels": 0.06,
     },
     "import": {
         "job": 0.5,  # transfer and Blender's importer
@@ -92,25 +92,25 @@ SECONDS: dict[str, dict[str, float]] = {
 # Bytes that a stage holds at most, by stage and quantity; `base` is held in all of them.
 BYTES: dict[str, dict[str, float]] = {
     "base": {
-        "job": 0.24e9,  # Python, numba and its compiled kernels
-        "megapixels": 31e6,  # the views: colour, alpha, depth, normals and materials
+        "job": 0.27e9,  # Python, numba and its compiled kernels
+        "megapixels": 17e6,  # the views: colour, alpha, depth, normals and materials
     },
     "fit": {
-        "kilosplats": 0.3e6,  # parameters, gradients, moments
-        "megapixels": 46e6,  # what is precomputed of each view
+        "kilosplats": 0.1e6,  # parameters, gradients, moments
+        "megapixels": 58e6,  # what is precomputed of each view
     },
     "look": {
         "kilosplats": 0.3e6,
-        "megapixels": 10e6,
+        "megapixels": 5e6,
     },
     "extract": {
         "megacells": 8e6,  # blocks of the grid near the surface
         "surface kilocells": 1.2e6,  # triangles before decimation
-        "megapixels": 35e6,  # distances from each view's outline
+        "megapixels": 46e6,  # distances from each view's outline
     },
     "bake": {
-        "megatexels": 240e6,  # positions, weights and colours of each texel
-        "megapixels": 22e6,
+        "megatexels": 180e6,  # positions, weights and colours of each texel
+        "megapixels": 40e6,
         "kilofaces": 1e6,  # charts
     },
     "measure": {
