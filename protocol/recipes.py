@@ -159,7 +159,7 @@ class Subject:
     up: str = _choice(
         "auto",
         {
-            "auto": "Z in a PLY file and Y in an SPZ file, as Kiln writes them",
+            "auto": "Y in an SPZ file, Z in a PLY that Kiln wrote, against Y in a PLY of any other tool",
             "z_up": "The file's Z axis: Kiln, Blender, nerfstudio",
             "y_up": "The file's Y axis: SPZ, glTF, three.js",
             "y_down": "Against the file's Y axis: COLMAP and most tools that make splats from photographs",

@@ -58,9 +58,12 @@ def read(folder: Path, up: str, say: Callable[[str], None] = lambda sentence: No
         raise KilnError("bad-input", f"The input has {found}.", "Give one .ply or .spz file.")
     suffix = files[0].suffix.lower()
     splats = READERS[suffix](files[0], say, progress)
-    if up == "auto":
-        return splats
-    return turned(splats, Z_UP[up] @ Z_UP_FROM_Y_UP.T if suffix == ".spz" else Z_UP[up])  # spz.load has turned Y up already
+    if suffix == ".spz":  # spz.load has turned Y up already
+        return splats if up == "auto" else turned(splats, Z_UP[up] @ Z_UP_FROM_Y_UP.T)
+    if up == "auto" and not ply.says_z_up(files[0]):
+        say("The file does not say which way is up; Y is taken to point down, as in most. subject.up chooses another axis.")
+        up = "y_down"
+    return turned(splats, Z_UP["z_up" if up == "auto" else up])
 
 
 def subject(splats: Splats, p: recipes.Subject, say: Callable[[str], None] = lambda sentence: None) -> tuple[Splats, Frame]:

@@ -25,6 +25,7 @@ from .model import SH_C0, Splats
 
 BLOCK = 1 << 16  # Gaussians read at a time
 CHUNK = 256  # Gaussians of a compressed PLY that share their ranges
+MADE_HERE = "comment Kiln, 3D Gaussian splats, metres, Z up"  # a line of the header; blender_addon/splat_files.py knows it too
 _TYPES = {
     "char": "i1", "int8": "i1", "uchar": "u1", "uint8": "u1", "short": "i2", "int16": "i2", "ushort": "u2", "uint16": "u2",
     "int": "i4", "int32": "i4", "uint": "u4", "uint32": "u4", "float": "f4", "float32": "f4", "double": "f8", "float64": "f8",
@@ -49,7 +50,7 @@ def save(path: Path, splats: Splats, frame: Frame) -> None:
     table[:, -8] = splats.opacity_logits
     table[:, -7:-4] = splats.log_scales - np.log(frame.scale)
     table[:, -4:] = splats.quaternions
-    header = ["ply", "format binary_little_endian 1.0", "comment Kiln, 3D Gaussian splats, metres, Z up", f"element vertex {count}"]
+    header = ["ply", "format binary_little_endian 1.0", MADE_HERE, f"element vertex {count}"]
     header += [f"property float {name}" for name in names] + ["end_header", ""]
     partial = path.with_name(path.name + ".partial")
     with open(partial, "wb") as file:
@@ -73,6 +74,13 @@ def load(path: Path, say: Callable[[str], None] = lambda sentence: None, progres
             return cleaned((_read_packed if packed else _read)(file, elements, name, say, progress), name, say)
     except OSError as error:
         raise KilnError("bad-input", f"{name} cannot be read: {error.strerror or error}.", "Check the path and its permissions.") from None
+
+
+def says_z_up(path: Path) -> bool:
+    """Whether the header of a PLY file, one that `load` takes, says that Kiln wrote it, with Z up. Of others nothing is known."""
+    with open(path, "rb") as file:
+        header = file.read(1 << 16).partition(b"end_header")[0]
+    return MADE_HERE.encode() in header.splitlines()
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,11 @@ def _read_packed(file: BinaryIO, elements: dict[str, _Element], name: str, say: 
     ranges = [f"{end}_{what}" for what in ("x", "y", "z", "scale_x", "scale_y", "scale_z") for end in ("min", "max")]
     unknown = KilnError("bad-input", f"{name} is a compressed PLY of a kind that Kiln cannot read.", "Export it as plain PLY or as SPZ.")
     missing = [one for one in wanted if one not in vertices.layout.names] + [one for one in ranges if one not in chunks.layout.names]
-    if missing or chunks.count != -(-vertices.count // CHUNK):
+    if missing or chunks.count != -(-vertices.count // CHUNK) or any(vertices.layout[one].str[1:] != "u4" for one in wanted):
+        raise unknown
+    rest_names = elements["sh"].layout.names or () if "sh" in elements else ()
+    of_channel = len(rest_names) // 3
+    if "sh" in elements and (of_channel not in (3, 8, 15) or any(f"f_rest_{i}" not in rest_names for i in range(3 * of_channel))):
         raise unknown
     progress(0.0, f"{vertices.count:,} splats")
     chunk = _rows(file, chunks, name, 0, chunks.count)
@@ -145,11 +157,6 @@ def _read_packed(file: BinaryIO, elements: dict[str, _Element], name: str, say: 
     if "sh" in elements:
         progress(0.5, f"{vertices.count:,} splats")
         table = _rows(file, elements["sh"], name, 0, vertices.count)
-        of_channel = len(table.dtype.names) // 3
-        if of_channel not in (3, 8, 15) or any(f"f_rest_{i}" not in table.dtype.names for i in range(3 * of_channel)):
-            raise KilnError(
-                "bad-input", f"{name} is a compressed PLY of a kind that Kiln cannot read.", "Export it as plain PLY or as SPZ."
-            )
         rest = np.stack([table[f"f_rest_{i}"] for i in range(3 * of_channel)], 1).astype(np.float32)
         shares = np.where(rest == 0, 0, np.where(rest == 255, 1, (rest + 0.5) / 256)).astype(np.float32)
         sh = np.concatenate([sh, ((shares - 0.5) * 8).reshape(-1, 3, of_channel).transpose(0, 2, 1)], 1)
@@ -204,7 +211,9 @@ def _read_header(file: BinaryIO, name: str) -> list[_Element]:
             order = {"binary_little_endian": "<", "binary_big_endian": ">"}.get(words[1] if len(words) > 1 else "", "")
             if not order:
                 raise KilnError("bad-input", f"{name} is a text PLY.", "Export the splats as binary PLY or as SPZ.")
-        elif words[:1] == ["element"] and len(words) == 3 and words[2].isdigit():
+        elif words[:1] == ["element"]:
+            if len(words) != 3 or not words[2].isdigit() or len(words[2]) > 15:  # places in larger files fit no 64 bits
+                raise KilnError("bad-input", f"{name}: its header has the element {' '.join(words[1:])!r}.", "Export it again.")
             found.append((words[1], int(words[2]), []))
         elif words[:1] == ["property"] and found:
             if words[1:2] == ["list"]:

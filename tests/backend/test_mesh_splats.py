@@ -108,6 +108,18 @@ def test_the_way_up_of_an_spz_file_is_its_own(tmp_path):
     assert np.allclose(read(tmp_path, "z_up").means, splats.means[:, [0, 2, 1]] * [1, 1, -1], atol=1e-6)
 
 
+def test_a_ply_of_another_tool_has_y_down_where_nothing_else_is_asked_for(tmp_path):
+    splats, told = reference.cloud(30, 2, 0), []
+    ply.save(tmp_path / "a.ply", splats, Frame(np.zeros(3), 1.0))
+    assert np.allclose(read(tmp_path, "auto", told.append).means, splats.means, atol=1e-6) and told == []  # Kiln's own says Z
+    content = (tmp_path / "a.ply").read_bytes()
+    (tmp_path / "a.ply").write_bytes(content.replace(b"comment Kiln", b"comment Another"))
+    foreign = read(tmp_path, "auto", told.append)
+    assert np.allclose(foreign.means, splats.means[:, [0, 2, 1]] * [1, 1, -1], atol=1e-6)
+    assert len(told) == 1 and "does not say which way is up" in told[0]
+    assert np.array_equal(read(tmp_path, "z_up").means, splats.means)
+
+
 def test_floaters_and_what_surrounds_the_subject_are_left_out(tmp_path):
     far = dataclasses.replace(shell(20, 6.0, 1), opacity_logits=np.full(20, -2, np.float32))
     sky = dataclasses.replace(shell(5, 0.5, 2), log_scales=np.full((5, 3), 2, np.float32))

@@ -198,6 +198,20 @@ def points(tmp_path, colored, faces=False) -> bytes:
     return (tmp_path / "p.ply").read_bytes()
 
 
+def before_vertices(element):
+    """A whole file but for a header with one more element."""
+    header = f"ply\nformat binary_little_endian 1.0\n{element}element vertex 20\n"
+    return (header + "".join(f"property float {name}\n" for name in ply._names(1)) + "end_header\n").encode() + bytes(20 * 68)
+
+
+def compressed(last, more):
+    """The header of SuperSplat's compressed PLY with three splats, its last property and what follows as given, and zeros."""
+    header = "ply\nformat binary_little_endian 1.0\nelement chunk 1\n"
+    header += "".join(f"property float {end}_{of}\n" for of in ("x", "y", "z", "scale_x", "scale_y", "scale_z") for end in ("min", "max"))
+    header += "element vertex 3\n" + "".join(f"property uint packed_{what}\n" for what in ("position", "rotation", "scale"))
+    return (header + f"{last}\n{more}end_header\n").encode() + bytes(200)
+
+
 @pytest.mark.parametrize(
     "spoil, says",
     [
@@ -224,6 +238,11 @@ def points(tmp_path, colored, faces=False) -> bytes:
         (lambda folder: b"", "not a PLY"),
         (lambda folder: b"ply\n" + b"comment x\n" * 10_000, "not a PLY"),
         (lambda folder: b"ply\nelement vertex 3\nend_header\n", "not a PLY"),
+        (lambda folder: b"ply\nformat binary_little_endian 1.0\nelement vertex -3\nend_header\n", "the element 'vertex -3'"),
+        (lambda folder: before_vertices("element far " + "9" * 30 + "\nproperty float x\n"), "the element 'far 9999"),
+        (lambda folder: before_vertices("element far " + "9" * 11 + "\nproperty float x\n"), "ends after 0 of 20 Gaussians"),
+        (lambda folder: compressed("property float packed_color", ""), "compressed PLY of a kind"),
+        (lambda folder: compressed("property uint packed_color", "element sh 3\n"), "compressed PLY of a kind"),
     ],
 )
 def test_broken_files_are_refused_in_a_sentence(tmp_path, spoil, says):
