@@ -97,7 +97,10 @@ def gsplat_is_built() -> bool:
         return True
     from torch.utils import cpp_extension
 
-    folder = Path(cpp_extension._get_build_directory("gsplat_cuda", False))
+    try:
+        folder = Path(cpp_extension._get_build_directory("gsplat_cuda", False))  # makes it
+    except OSError:  # a home that cannot be written to
+        return False
     return any((folder / f"gsplat_cuda{ending}").exists() for ending in (".so", ".pyd", ".lib"))
 
 
@@ -111,7 +114,10 @@ def _why_not_compile() -> str:
     compiler = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None
     if not compiler:
         return "gsplat has no built kernels and there is no CUDA toolkit (nvcc) to build them"
-    said = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30).stdout
+    try:
+        said = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        said = ""
     release = re.search(r"release (\d+)\.", said)
     if not release or not torch.version.cuda or release[1] != torch.version.cuda.split(".")[0]:
         version = f"CUDA {release[1]}" if release else "no CUDA that it names"
@@ -143,7 +149,12 @@ def sentence(device: str) -> str:
 
 
 def engine_for_this_gpu(progress: Progress = silent) -> Engine | None:
-    """The engine that draws here, loaded, or None (`why_not` says why). The first use on a computer compiles kernels, and says so."""
+    """The engine that draws here, loaded, or None (`why_not` says why). The first use on a computer compiles kernels, and says so.
+
+    A GPU without room says nothing about an engine: `torch.cuda.OutOfMemoryError` is passed on, and a later fit tries again.
+    """
+    import torch
+
     for name, why, load in (("gsplat", why_no_gsplat, _gsplat), ("Warp", why_no_warp, _warp)):
         if why():
             continue
@@ -151,6 +162,8 @@ def engine_for_this_gpu(progress: Progress = silent) -> Engine | None:
             engine = load(progress)
             progress(0.0, f"Trying {name}")
             problem = _wrong(engine.draw, "cuda")
+        except torch.cuda.OutOfMemoryError:
+            raise
         except (ImportError, OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:  # whatever a foreign build may raise
             last = (str(error).strip().splitlines() or [""])[-1]
             problem = f"could not be built or loaded ({type(error).__name__}: {last[:200]})"
@@ -386,12 +399,12 @@ def fit_on_cuda(views: Views, p: recipes.Fit, seed: int, progress: Progress, sch
 
     from . import fit as shared
 
-    engine = engine_for_this_gpu(progress)
-    if engine is None:
-        shared.runs_on_cuda(p.device)  # refuses where the GPU was asked for
-        progress(0.0, sentence(p.device))
-        return shared._fit_on_cpu(views, p, seed, progress, schedule)
     try:
+        engine = engine_for_this_gpu(progress)
+        if engine is None:
+            shared.runs_on_cuda(p.device)  # refuses where the GPU was asked for
+            progress(0.0, sentence(p.device))
+            return shared._fit_on_cpu(views, p, seed, progress, schedule)
         return fit_with(engine, torch.device("cuda"), views, p, seed, progress, schedule)
     except torch.cuda.OutOfMemoryError:
         free, all_of_it = (round(size / 2**30, 1) for size in torch.cuda.mem_get_info())

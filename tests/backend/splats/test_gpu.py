@@ -13,7 +13,7 @@ from backend.splats.fit import SCHEDULE, fit
 from backend.splats.raster_cpu import Rasteriser, camera_numbers, pack
 from backend.views.cameras import look_at
 from protocol import recipes
-from protocol.errors import Cancelled
+from protocol.errors import Cancelled, KilnError
 from tests.backend.splats import reference, sphere
 from tests.backend.splats.test_fit import psnr
 
@@ -100,6 +100,26 @@ def test_an_engine_that_fails_gives_way_to_the_next_and_is_remembered(monkeypatc
     wrong["warp"] = "draws other pictures than the CPU (by 0.5)"
     assert gpu.engine_for_this_gpu() is None
     assert "could not be built" in gpu.why_not() and "Warp draws other pictures" in gpu.why_not()
+
+
+def test_a_gpu_without_room_is_said_and_no_engine_is_blamed(monkeypatch, forgotten):
+    def full(draw, device):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    monkeypatch.setattr(gpu, "why_no_cuda", lambda: "")
+    monkeypatch.setattr(gpu, "gsplat_is_built", lambda: True)
+    monkeypatch.setattr(gpu, "_gsplat", lambda progress: gpu.Engine("gsplat", "gsplat", None))
+    monkeypatch.setattr(gpu, "_wrong", full)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 12 * 2**30))
+    with pytest.raises(KilnError, match=r"memory is full \(1.0 of 12.0 GB free\)") as refused:
+        gpu.fit_on_cuda(sphere.views().for_fitting, recipes.Fit(), 0, gpu.silent, SCHEDULE)
+    assert refused.value.code == "out-of-memory" and gpu.why_no_gsplat() == ""
+
+
+def test_where_gsplat_cannot_keep_what_it_compiles_it_counts_as_not_compiled(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "below"))
+    assert gpu.gsplat_is_built() is False
 
 
 def test_compiling_gsplat_is_announced_and_can_be_stopped(monkeypatch):
