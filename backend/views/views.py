@@ -26,6 +26,7 @@ LARGEST_SIDE = 8192  # pixels
 DISTORTION = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2")  # of lenses, as COLMAP and nerfstudio write it
 PINHOLES = ("PINHOLE", "SIMPLE_PINHOLE", "OPENCV")  # OPENCV without distortion is one too
 MOST_VIEWS = 500
+BRIGHTEST = 10_000.0  # of emission: what float16 holds, and some to spare
 MOST_PIXELS = 500_000_000  # over all views: about 14 GB with depth, normals and material
 HULL_GRID, HULL_PIXELS = 32, 64  # cells along each side, and pixels across a silhouette, to see whether the views fit together
 HULL_VOTES = 0.9  # share of the views whose silhouettes must hold a cell of the hull
@@ -247,7 +248,7 @@ def _read_geometry(folder: Path, frame: dict, shape: tuple[int, int], where: str
     )
     depth, normal = arrays["depth"], arrays["normal"]
     wrong = depth.shape != shape or normal.shape != (*shape, 3) or {depth.dtype.kind, normal.dtype.kind} != {"f"}
-    if wrong or not np.isfinite(depth).all() or not float(np.abs(normal).max()) < 2:
+    if wrong or not np.isfinite(depth).all() or float(depth.min()) < 0 or not float(np.abs(normal).max()) < 2:
         raise KilnError("bad-input", f"{where}: its depth or normals have a wrong shape or values.", "Capture the views again.")
     return depth, normal
 
@@ -257,9 +258,8 @@ def _read_material(folder: Path, frame: dict, shape: tuple[int, int], where: str
     material, emission = arrays["material"], arrays.get("emission")
     wrong = material.shape != (*shape, 3) or material.dtype != np.uint8
     if emission is not None:
-        wrong = (
-            wrong or emission.shape != (*shape, 3) or emission.dtype.kind != "f" or not np.isfinite(emission).all() or emission.min() < 0
-        )
+        wrong = wrong or emission.shape != (*shape, 3) or emission.dtype.kind != "f"
+        wrong = wrong or not (float(emission.min()) >= 0 and float(emission.max()) <= BRIGHTEST)  # neither is true of what is no number
     if wrong:
         raise KilnError("bad-input", f"{where}: its material has a wrong shape or values.", "Capture the views again.")
     return material, emission
