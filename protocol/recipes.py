@@ -2,8 +2,7 @@
 reference table are all made.
 
 A recipe is a dataclass of groups (`capture`, `fit`, ...), each a dataclass of parameters. On the wire, in the panel and on the command
-line a parameter has one flat name, `group.parameter` (`--fit-iterations` as a flag). Adding a recipe: a dataclass here, a function in
-`backend/pipelines/`, a line in `RECIPES`.
+line a parameter has one flat name, `group.parameter` (`--fit-iterations` as a flag). Adding one: CONTRIBUTING.md.
 """
 
 from __future__ import annotations

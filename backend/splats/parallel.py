@@ -1,8 +1,8 @@
 """Compiles kernels and runs them on every core.
 
-Threads are Python's own and kernels drop the GIL: no OpenMP that would fight torch's for the cores, no threading layer that aborts when two
-threads call it, the same on every platform. A kernel takes its next piece of work from a shared counter, so whichever thread is free goes
-on, and what it computes does not depend on who computes it.
+Threads of `run` are Python's own and kernels drop the GIL: no OpenMP that would fight torch's for the cores, no threading layer that aborts
+when two threads call it, the same on every platform. A kernel takes its next piece of work from a shared counter, so whichever thread is
+free goes on, and what it computes does not depend on who computes it.
 
 Compiled code is kept per user and per version of the kernels' source: in NUMBA_CACHE_DIR if set, else the user's cache folder, else (a
 read-only home) a temporary folder.
@@ -68,7 +68,7 @@ def kernel(function, parallel: bool = False):
 
 
 def parallel_kernel(function):
-    """A `kernel` whose `prange` loops numba spreads over the cores."""
+    """A `kernel` whose `prange` loops numba spreads over the cores, with numba's own threads: call it from one thread at a time."""
     return kernel(function, parallel=True)
 
 

@@ -1,4 +1,5 @@
-"""Splats in SPZ, Niantic's open compressed format (github.com/nianticlabs/spz): about a tenth of a PLY, and read by most splat viewers.
+"""Splats in SPZ, Niantic's open compressed format (github.com/nianticlabs/spz): a quarter of a PLY or less, and read by most splat
+viewers.
 
 A gzip stream: 16 bytes of header, then field by field, each for all Gaussians: positions (24-bit fixed point), alphas, colours, log-scales
 (8 bits), rotations (32 bits in version 3), spherical harmonics (8 bits). Files hold metres in right-up-back axes (Y up), as the format's
