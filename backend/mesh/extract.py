@@ -1,8 +1,8 @@
 """A closed, single-walled mesh from what the views saw: a field on a grid, marching cubes, cleaning.
 
-The field's *sign* comes from visibility, as in space carving (Kutulakos and Seitz 2000): a place is outside if and only if some view sees
-through it or sees something behind it; what no view sees is inside, so there are no inner walls and no holes. The field's *zero* comes from
-depth: the depth that the views carry, or else the mean of the depths that the splats have in all views, and their density.
+The field's *sign* comes from visibility, as in space carving (Kutulakos and Seitz 2000): a place is outside if some view sees through it or
+sees something behind it; what the views hide is inside, so there are no inner walls and no holes. The field's *zero* comes from depth:
+the depth that the views carry, or else the mean of the depths that the splats have in all views, and their density.
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
 """Where the subject is, on a sparse grid: blocks of values near its surface, and for every other block whether it lies outside or inside.
 
-The *sign* comes from visibility, as in space carving (Kutulakos and Seitz 2000): a place is outside if and only if some view sees through
-it or sees something behind it. A pyramid of the nearest and farthest depth over each view's pixels, as in hierarchical z-buffers (Greene et
-al. 1993), decides many points at once: boxes of the grid are halved until all their points are known to be on one side, and values are
-computed for what is left, a layer of a few points.
+The *sign* comes from visibility, as in space carving (Kutulakos and Seitz 2000): a place is outside if some view sees through it or sees
+something behind it, and inside if views have it in their pictures, hidden. What lies beside a picture is not hidden: a view with nothing
+but background along its border holds its subject whole and votes against it, and more views have to hide a place than vote so.
+
+A pyramid of the nearest and farthest depth over each view's pixels, as in hierarchical z-buffers (Greene et al. 1993), decides many points
+at once: boxes of the grid are halved until all their points are known to be on one side, and values are computed for what is left, a layer
+of a few points.
 
 A block is skipped only by rules that each of its points alone would obey too, so points that two blocks share never differ in sign.
 """
@@ -41,7 +44,7 @@ class Sights:
     a pyramid of bounds."""
 
     poses: Float[np.ndarray, "v 4 4"]
-    lenses: Float[np.ndarray, "v 4"]  # fx, fy, cx, cy
+    lenses: Float[np.ndarray, "v 5"]  # fx, fy, cx, cy; and 1 if the picture's border shows background alone, else 0
     inverse: Float[np.ndarray, "v h w"]
     kind: Int[np.ndarray, "v h w"]
     rim: Float[np.ndarray, "v 2 h w"]
@@ -59,9 +62,8 @@ class Field:
     shape: tuple[int, ...]  # points
     index: Int[np.ndarray, "a b c"]
     blocks: Int[np.ndarray, "n s s s"]
-    rule: Float[
-        np.ndarray, "4"
-    ]  # FREE: distance by which VOTES views have to see a place free; HIDDEN; SLACK: the depth's uncertainty, or 0
+    # FREE: distance by which VOTES views have to see a place free; HIDDEN; SLACK: the depth's uncertainty, or 0
+    rule: Float[np.ndarray, "4"]
     places: Int[np.ndarray, "n 3"]
 
 
@@ -79,7 +81,8 @@ def sights(cameras: list[Camera], depth: Float[np.ndarray, "v h w"], alpha: Floa
     table = np.array(levels, np.int64)
     inverse, kind = np.empty(depth.shape, np.float32), np.empty(depth.shape, np.uint8)
     rim, bounds = np.empty((len(depth), 2, height, width), np.float32), np.empty((len(depth), 3, start), np.float32)
-    lenses = np.array([[camera.fx, camera.fy, camera.cx, camera.cy] for camera in cameras])
+    borders = [np.concatenate([a[0], a[-1], a[:, 0], a[:, -1]]) for a in np.maximum(alpha, depth > 0)]
+    lenses = np.array([[c.fx, c.fy, c.cx, c.cy, border.max() < FAINTEST] for c, border in zip(cameras, borders, strict=True)])
     for i, camera in enumerate(cameras):
         inverse[i], kind[i], rim[i] = _prepare(depth[i], alpha[i], camera.fx, camera.fy)
         _bound(inverse[i], kind[i], lenses[i], table, bounds[i])
@@ -187,7 +190,7 @@ def _prepare(depth, alpha, fx, fy):
 def _bound(inverse, kind, lens, levels, bounds):
     """Level 0, for each 2 x 2 block of pixels: q, the largest 1 / depth, before which all is free; the smallest, behind which all is
     hidden; and the largest length by which `_signed_distance` divides 1 - z q. Then the same over pairs of pairs."""
-    fx, fy, cx, cy = lens
+    fx, fy, cx, cy = lens[0], lens[1], lens[2], lens[3]
     _, rows, columns = levels[0]
     for r in range(rows):
         for c in range(columns):
@@ -223,26 +226,29 @@ def _bound(inverse, kind, lens, levels, bounds):
 @njit(nogil=True, cache=True)
 def _verdict(low, high, origin, cell, rule, n, poses, lenses, bounds, levels):
     """What one view says of all grid points from `low` to `high`: 2 it sees the background through them, 1 they are free by more than
-    rule[FREE], -1 they are hidden by more than rule[HIDDEN] or not in the picture, 0 it cannot tell."""
+    rule[FREE], -1 they are hidden by more than rule[HIDDEN], -2 they are not in the picture, 0 it cannot tell or they differ."""
     fx, fy, cx, cy = lenses[n, 0], lenses[n, 1], lenses[n, 2], lenses[n, 3]
     left, right, top, bottom = np.inf, -np.inf, np.inf, -np.inf
-    near, far = np.inf, -np.inf
+    near, far, behind = np.inf, -np.inf, 0
     for corner in range(8):
         wx = origin[0] + (high[0] if corner & 1 else low[0]) * cell
         wy = origin[1] + (high[1] if corner & 2 else low[1]) * cell
         wz = origin[2] + (high[2] if corner & 4 else low[2]) * cell
         z = poses[n, 2, 0] * wx + poses[n, 2, 1] * wy + poses[n, 2, 2] * wz + poses[n, 2, 3]
-        if z <= 1e-5:
-            return 0
+        if z <= 1e-6:
+            behind += 1
+            continue
         u = fx * (poses[n, 0, 0] * wx + poses[n, 0, 1] * wy + poses[n, 0, 2] * wz + poses[n, 0, 3]) / z + cx - 0.5
         v = fy * (poses[n, 1, 0] * wx + poses[n, 1, 1] * wy + poses[n, 1, 2] * wz + poses[n, 1, 3]) / z + cy - 0.5
         left, right, top, bottom = min(left, u), max(right, u), min(top, v), max(bottom, v)
         near, far = min(near, z), max(far, z)
+    if behind > 0:
+        return -2 if behind == 8 else 0
     rows, columns = levels[0, 1], levels[0, 2]
     slack = 1e-6  # pixels: rounding
     left, right, top, bottom = left - slack, right + slack, top - slack, bottom + slack
     if right < 0 or bottom < 0 or left >= columns or top >= rows:
-        return -1
+        return -2
     whole = left >= 0 and top >= 0 and right < columns and bottom < rows
     c0, c1 = int(max(left, 0.0)), int(min(right, columns - 1.0))
     r0, r1 = int(max(top, 0.0)), int(min(bottom, rows - 1.0))
@@ -259,29 +265,34 @@ def _verdict(low, high, origin, cell, rule, n, poses, lenses, bounds, levels):
         return 2
     if whole and 1 - far * largest > rule[FREE] * longest + 1e-6:
         return 1
-    if near * smallest - 1 > rule[HIDDEN] * longest + 1e-6:
+    if whole and near * smallest - 1 > rule[HIDDEN] * longest + 1e-6:
         return -1
     return 0
 
 
 @njit(nogil=True, cache=True)
-def _sift(low, high, shape, origin, cell, rule, poses, lenses, bounds, levels, views, kept):
-    """Puts those of `views` into `kept` that may have a say in the box; returns their number, or OUTSIDE or INSIDE if it is decided."""
+def _sift(low, high, shape, origin, cell, rule, poses, lenses, bounds, levels, views, hidden, kept):
+    """Puts those of `views` into `kept` that may still have a say in the box; returns their number, or OUTSIDE or INSIDE if it is decided.
+    And `hidden` with their votes that have not: how many views hide the whole box, less those that hold their subject without it."""
     edge = False  # the grid's outermost points are outside, and so is what the last blocks have beyond them
     for axis in range(3):
         if low[axis] >= shape[axis] - 1 or high[axis] <= 0:
-            return OUTSIDE
+            return OUTSIDE, hidden
         edge |= low[axis] <= 0 or high[axis] >= shape[axis] - 1
     count, free = 0, 0
     for n in views:
         says = _verdict(low, high, origin, cell, rule, n, poses, lenses, bounds, levels)
         free += says == 1
         if says == 2 or free >= rule[VOTES]:
-            return OUTSIDE
+            return OUTSIDE, hidden
         if says >= 0:
             kept[count] = n
             count += 1
-    return INSIDE if count == 0 and not edge else count
+        else:
+            hidden += 1 if says == -1 else -int(lenses[n, 4])
+    if count == 0 and hidden <= 0:
+        return OUTSIDE, hidden
+    return (INSIDE if count == 0 and not edge else count), hidden
 
 
 @njit(parallel=True, nogil=True, cache=True)
@@ -294,14 +305,14 @@ def _search(index, boxes, origin, cell, rule, shape, poses, lenses, inverse, kin
         first = boxes[n]
         for axis in range(3):
             low[axis], high[axis] = first[axis] * SIDE, (first[axis] + COARSE) * SIDE
-        count = _sift(low, high, shape, origin, cell, rule, poses, lenses, bounds, levels, everyone, kept)
+        count, votes = _sift(low, high, shape, origin, cell, rule, poses, lenses, bounds, levels, everyone, 0, kept)
         for half in range(8):
             a0, b0, c0 = first[0] + 2 * (half & 1), first[1] + 2 * (half >> 1 & 1), first[2] + 2 * (half >> 2)
-            found = count
+            found, among = count, votes
             if count >= 0:
                 low[0], low[1], low[2] = a0 * SIDE, b0 * SIDE, c0 * SIDE
                 high[0], high[1], high[2] = (a0 + 2) * SIDE, (b0 + 2) * SIDE, (c0 + 2) * SIDE
-                found = _sift(low, high, shape, origin, cell, rule, poses, lenses, bounds, levels, kept[:count], fewer)
+                found, among = _sift(low, high, shape, origin, cell, rule, poses, lenses, bounds, levels, kept[:count], votes, fewer)
             for part in range(8):
                 a, b, c = a0 + (part & 1), b0 + (part >> 1 & 1), c0 + (part >> 2)
                 if a >= index.shape[0] or b >= index.shape[1] or c >= index.shape[2]:
@@ -310,7 +321,7 @@ def _search(index, boxes, origin, cell, rule, shape, poses, lenses, inverse, kin
                 if found >= 0:
                     low[0], low[1], low[2] = a * SIDE, b * SIDE, c * SIDE
                     high[0], high[1], high[2] = (a + 1) * SIDE, (b + 1) * SIDE, (c + 1) * SIDE
-                    state = _sift(low, high, shape, origin, cell, rule, poses, lenses, bounds, levels, fewer[:found], last)
+                    state, _ = _sift(low, high, shape, origin, cell, rule, poses, lenses, bounds, levels, fewer[:found], among, last)
                 index[a, b, c] = state if state < 0 else UNKNOWN
 
 
@@ -328,7 +339,7 @@ def _compute(blocks, places, origin, cell, rule, shape, poses, lenses, inverse, 
         low, high, part = np.empty(3, np.int64), np.empty(3, np.int64), np.empty(3, np.int64)
         for axis in range(3):
             low[axis], high[axis] = places[n, axis] * SIDE, (places[n, axis] + 1) * SIDE
-        count = _sift(low, high, shape, origin, cell, rule, poses, lenses, bounds, levels, everyone, kept)
+        count, votes = _sift(low, high, shape, origin, cell, rule, poses, lenses, bounds, levels, everyone, 0, kept)
         if count == INSIDE:
             block[:] = -outside
         if count < 0:
@@ -338,15 +349,15 @@ def _compute(blocks, places, origin, cell, rule, shape, poses, lenses, inverse, 
             low[1] = places[n, 1] * SIDE + (quarter >> 1 & 1) * 4
             low[2] = places[n, 2] * SIDE + (quarter >> 2) * 4
             high[:] = low + 4
-            found = _sift(low, high, shape, origin, cell, rule, poses, lenses, bounds, levels, kept[:count], fewer)
+            found, among = _sift(low, high, shape, origin, cell, rule, poses, lenses, bounds, levels, kept[:count], votes, fewer)
             for eighth in range(8):
                 part[0] = low[0] + (eighth & 1) * 2
                 part[1] = low[1] + (eighth >> 1 & 1) * 2
                 part[2] = low[2] + (eighth >> 2) * 2
-                state = found
+                state, hidden = found, among
                 if found >= 0:
                     high[:] = part + 2
-                    state = _sift(part, high, shape, origin, cell, rule, poses, lenses, bounds, levels, fewer[:found], last)
+                    state, hidden = _sift(part, high, shape, origin, cell, rule, poses, lenses, bounds, levels, fewer[:found], among, last)
                 if state == OUTSIDE:
                     continue
                 for i in range(part[0], part[0] + 3):
@@ -362,30 +373,34 @@ def _compute(blocks, places, origin, cell, rule, shape, poses, lenses, inverse, 
                                 known[a, b, c] = True
                                 if rule[SLACK] > 0:
                                     block[a, b, c] = _fused(
-                                        x, y, z, solid[a, b, c], cell, rule, poses, lenses, inverse, kind, rim, last[:state]
+                                        x, y, z, solid[a, b, c], cell, rule, poses, lenses, inverse, kind, rim, last[:state], hidden
                                     )
                                 else:
                                     block[a, b, c] = _value(
-                                        x, y, z, cell, poses, lenses, inverse, kind, rim, last[:state], distances, weights
+                                        x, y, z, cell, poses, lenses, inverse, kind, rim, last[:state], hidden, distances, weights
                                     )
 
 
 @njit(nogil=True, cache=True)
-def _value(wx, wy, wz, cell, poses, lenses, inverse, kind, rim, views, distances, weights):
-    """The largest free distance over the views, averaged over those that agree; STEPS of a cell, cut off at REACH."""
+def _value(wx, wy, wz, cell, poses, lenses, inverse, kind, rim, views, hidden, distances, weights):
+    """The largest free distance over the views, averaged over those that agree; STEPS of a cell, cut off at REACH. hidden: votes of views
+    that are not in `views`."""
     largest, per_cell = -REACH, 1 / cell
     for slot in range(len(views)):
         n = views[slot]
         x = poses[n, 0, 0] * wx + poses[n, 0, 1] * wy + poses[n, 0, 2] * wz + poses[n, 0, 3]
         y = poses[n, 1, 0] * wx + poses[n, 1, 1] * wy + poses[n, 1, 2] * wz + poses[n, 1, 3]
         z = poses[n, 2, 0] * wx + poses[n, 2, 1] * wy + poses[n, 2, 2] * wz + poses[n, 2, 3]
-        distance, weights[slot] = _signed_distance(x, y, z, n, lenses, inverse, kind, rim)
+        shown, distance, weights[slot] = _signed_distance(x, y, z, n, lenses, inverse, kind, rim)
+        hidden += 1 if shown else -int(lenses[n, 4])
         distances[slot] = distance * per_cell
         if distances[slot] < -BEHIND:
             distances[slot] = -np.inf
         largest = max(largest, distances[slot])
         if largest >= REACH:
             return np.int16(REACH * STEPS)
+    if hidden <= 0:
+        return np.int16(REACH * STEPS)
     if largest > -REACH:
         total, weight = largest * 1e-3, 1e-3
         for slot in range(len(views)):
@@ -399,7 +414,7 @@ def _value(wx, wy, wz, cell, poses, lenses, inverse, kind, rim, views, distances
 
 
 @njit(nogil=True, cache=True)
-def _fused(wx, wy, wz, solid, cell, rule, poses, lenses, inverse, kind, rim, views):
+def _fused(wx, wy, wz, solid, cell, rule, poses, lenses, inverse, kind, rim, views, hidden):
     """The mean of the views' distances along their rays, each cut off at rule[HIDDEN], or `solid` where that is deeper inside; but outside
     where the silhouettes or rule[VOTES] views say so. STEPS of a cell, cut off at REACH."""
     reach = rule[HIDDEN]
@@ -409,12 +424,12 @@ def _fused(wx, wy, wz, solid, cell, rule, poses, lenses, inverse, kind, rim, vie
         x = poses[n, 0, 0] * wx + poses[n, 0, 1] * wy + poses[n, 0, 2] * wz + poses[n, 0, 3]
         y = poses[n, 1, 0] * wx + poses[n, 1, 1] * wy + poses[n, 1, 2] * wz + poses[n, 1, 3]
         z = poses[n, 2, 0] * wx + poses[n, 2, 1] * wy + poses[n, 2, 2] * wz + poses[n, 2, 3]
-        if z <= 1e-6:
+        u = lenses[n, 0] * x / max(z, 1e-6) + lenses[n, 2] - 0.5
+        v = lenses[n, 1] * y / max(z, 1e-6) + lenses[n, 3] - 0.5
+        if z <= 1e-6 or u < 0 or v < 0 or u >= inverse.shape[2] - 1 or v >= inverse.shape[1] - 1:
+            hidden -= int(lenses[n, 4])
             continue
-        u = lenses[n, 0] * x / z + lenses[n, 2] - 0.5
-        v = lenses[n, 1] * y / z + lenses[n, 3] - 0.5
-        if u < 0 or v < 0 or u >= inverse.shape[2] - 1 or v >= inverse.shape[1] - 1:
-            continue
+        hidden += 1
         c, r = int(u), int(v)
         a, b = u - c, v - r
         shows = kind[n, r, c]
@@ -442,6 +457,8 @@ def _fused(wx, wy, wz, solid, cell, rule, poses, lenses, inverse, kind, rim, vie
         for slot in range(ROUGH_VOTES):  # the largest few, in order
             if distance > freest[slot]:
                 freest[slot], distance = distance, freest[slot]
+    if hidden <= 0:
+        return np.int16(REACH * STEPS)
     value = total / count / cell if count > 0 else -REACH
     value = min(value, solid / STEPS)
     value = max(value, max(freest[-1] - rule[SLACK], beyond) / cell)
@@ -470,23 +487,23 @@ def within(points, seen_poses, lenses, kind):
 
 @njit(nogil=True, cache=True)
 def _signed_distance(x, y, z, n, lenses, inverse, kind, rim):
-    """How far a place (camera axes) lies in front of what one view sees, in world units; -inf where the view says nothing. And the
-    squared cosine of the view's angle to the surface, 0 where it is unknown.
+    """Whether a place (camera axes) lies in one view's picture; how far in front of what the view sees there, in world units, -inf where
+    it says nothing; and the squared cosine of the view's angle to the surface, 0 where it is unknown.
 
     On a smooth surface 1 / depth, linear over the screen on any plane, gives the tangent plane, and the distance is the one to that plane.
     """
     if z <= 1e-6:
-        return -np.inf, 0.0
+        return False, -np.inf, 0.0
     fx, fy = lenses[n, 0], lenses[n, 1]
     px, py = x / z, y / z
     u, v = fx * px + lenses[n, 2] - 0.5, fy * py + lenses[n, 3] - 0.5
     if u < 0 or v < 0 or u >= inverse.shape[2] - 1 or v >= inverse.shape[1] - 1:
-        return -np.inf, 0.0
+        return False, -np.inf, 0.0
     c, r = int(u), int(v)
     a, b = u - c, v - r
     shows = kind[n, r, c]
     if shows == 0:
-        return np.inf, 0.0
+        return True, np.inf, 0.0
     q00, q01, q10, q11 = inverse[n, r, c], inverse[n, r, c + 1], inverse[n, r + 1, c], inverse[n, r + 1, c + 1]
     if shows == 1:
         q = (q00 * (1 - a) + q01 * a) * (1 - b) + (q10 * (1 - a) + q11 * a) * b
@@ -494,14 +511,14 @@ def _signed_distance(x, y, z, n, lenses, inverse, kind, rim):
         qy = ((q10 - q00) * (1 - a) + (q11 - q01) * a) * fy
         qz = q - qx * px - qy * py
         square = qx * qx + qy * qy + qz * qz
-        return (1 - z * q) / np.sqrt(square), q * q / (square * (1 + px * px + py * py))
+        return True, (1 - z * q) / np.sqrt(square), q * q / (square * (1 + px * px + py * py))
     # Several surfaces share these pixels: only what lies in front of all of them is free
     nearest = max(max(q00, q01), max(q10, q11))
     distance = 1 / nearest - z if nearest > 0 else -np.inf
     if shows == 2:  # the rest is background, and the silhouette runs where alpha crosses `rim`
         given, level = _between(rim, n, 0, r, c, a, b), _between(rim, n, 1, r, c, a, b)
         distance = max(distance, (level - given) / (2 * level) * 1.5 * z / fx)
-    return distance, 0.0
+    return True, distance, 0.0
 
 
 @njit(nogil=True, cache=True)

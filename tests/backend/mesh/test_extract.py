@@ -9,6 +9,7 @@ from scipy.spatial import cKDTree
 from backend.mesh.extract import extract
 from backend.progress import silent
 from backend.splats.model import Splats
+from backend.views.ball import ball
 from protocol import recipes
 from protocol.errors import Cancelled, KilnError
 from tests.backend.mesh.scenes import box, capture, grey, minus, rod, sphere, torus, union
@@ -93,6 +94,31 @@ def test_what_no_view_sees_is_closed():
     assert trimesh.Trimesh(mesh.vertices, mesh.faces, process=False).is_watertight
 
 
+@pytest.mark.parametrize("count", [12, 20])
+@pytest.mark.parametrize("given", ["depth", "splats"])
+def test_what_lies_beside_the_pictures_is_outside(count, given):
+    """The corners of the box around this ball lie in few pictures or none, and no view sees through them all."""
+    views = ball(96, count, 0.87)
+    if given == "splats":
+        views = dataclasses.replace(views, depth=None, normals=None)
+    mesh = extract(shell_of_splats(0.87), views, SURFACE)
+    assert np.abs(np.linalg.norm(mesh.vertices, axis=1) - 0.87).max() < 0.06
+    assert trimesh.Trimesh(mesh.vertices, mesh.faces, process=False).body_count == 1
+
+
+def test_a_subject_that_no_picture_holds_whole_stays_solid():
+    views = ball(96, 60, 0.87)
+    middle = slice(24, 72)
+    cropped = dataclasses.replace(
+        views,
+        cameras=[dataclasses.replace(camera, width=48, height=48, cx=camera.cx - 24, cy=camera.cy - 24) for camera in views.cameras],
+        **{key: np.ascontiguousarray(getattr(views, key)[:, middle, middle]) for key in ("images", "alpha", "depth", "normals")},
+    )
+    mesh = extract(None, cropped, SURFACE)
+    assert trimesh.Trimesh(mesh.vertices, mesh.faces, process=False).is_watertight
+    assert np.linalg.norm(mesh.vertices, axis=1).min() > 0.87 - 0.06  # nothing is eaten away within
+
+
 def test_held_out_views_are_not_used():
     views = capture(sphere(0.6), grey)
     spoiled = dataclasses.replace(views, depth=np.where(views.holdout[:, None, None], 1.0, views.depth).astype(np.float32))
@@ -174,13 +200,13 @@ def test_one_view_gives_a_closed_mesh_or_a_sentence():
 
 
 def test_views_of_two_different_subjects_give_a_closed_mesh_or_a_sentence():
-    ball, bars = capture(sphere(0.6), grey), capture(union(rod(0.1, 0.9), box((0.8, 0.1, 0.1))), grey)
-    other = (np.arange(len(ball)) % 2 == 1)[:, None, None]
+    globe, bars = capture(sphere(0.6), grey), capture(union(rod(0.1, 0.9), box((0.8, 0.1, 0.1))), grey)
+    other = (np.arange(len(globe)) % 2 == 1)[:, None, None]
     mixed = dataclasses.replace(
-        ball,
-        alpha=np.where(other, bars.alpha, ball.alpha),
-        depth=np.where(other, bars.depth, ball.depth),
-        normals=np.where(other[..., None], bars.normals, ball.normals),
+        globe,
+        alpha=np.where(other, bars.alpha, globe.alpha),
+        depth=np.where(other, bars.depth, globe.depth),
+        normals=np.where(other[..., None], bars.normals, globe.normals),
     )
     for views in (mixed, dataclasses.replace(mixed, depth=None, normals=None)):
         try:
