@@ -131,7 +131,9 @@ def _read_packed(file: BinaryIO, elements: dict[str, _Element], name: str, say: 
     """SuperSplat's compressed PLY: 16 bytes a Gaussian, within ranges that CHUNK Gaussians share; all numbers are shares of a range."""
     vertices, chunks = elements["vertex"], elements["chunk"]
     wanted = [f"packed_{what}" for what in ("position", "rotation", "scale", "color")]
-    ranges = [f"{end}_{what}" for what in ("x", "y", "z", "scale_x", "scale_y", "scale_z") for end in ("min", "max")]
+    has_color_ranges = any(f"{end}_{channel}" in (chunks.layout.names or ()) for end in ("min", "max") for channel in "rgb")
+    ranged = ["x", "y", "z", "scale_x", "scale_y", "scale_z"] + ["r", "g", "b"] * has_color_ranges
+    ranges = [f"{end}_{what}" for what in ranged for end in ("min", "max")]
     unknown = KilnError("bad-input", f"{name} is a compressed PLY of a kind that Kiln cannot read.", "Export it as plain PLY or as SPZ.")
     missing = [one for one in wanted if one not in vertices.layout.names] + [one for one in ranges if one not in chunks.layout.names]
     if missing or chunks.count != -(-vertices.count // CHUNK) or any(vertices.layout[one].str[1:] != "u4" for one in wanted):
@@ -150,7 +152,7 @@ def _read_packed(file: BinaryIO, elements: dict[str, _Element], name: str, say: 
         return low[of] + shares * (high - low)[of]
 
     color = _shares(rows["packed_color"], (8, 8, 8, 8))
-    if "min_r" in chunks.layout.names:
+    if has_color_ranges:
         color[:, :3] = spread(color[:, :3], ["r", "g", "b"])
     alpha = np.clip(color[:, 3], 0.5 / 255, 254.5 / 255)  # bytes 0 and 255 are rounded: their logits would be infinite
     sh = ((color[:, :3] - 0.5) / SH_C0)[:, None]

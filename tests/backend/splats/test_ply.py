@@ -204,10 +204,11 @@ def before_vertices(element):
     return (header + "".join(f"property float {name}\n" for name in ply._names(1)) + "end_header\n").encode() + bytes(20 * 68)
 
 
-def compressed(last, more):
+def compressed(last, more, ranges=()):
     """The header of SuperSplat's compressed PLY with three splats, its last property and what follows as given, and zeros."""
     header = "ply\nformat binary_little_endian 1.0\nelement chunk 1\n"
     header += "".join(f"property float {end}_{of}\n" for of in ("x", "y", "z", "scale_x", "scale_y", "scale_z") for end in ("min", "max"))
+    header += "".join(f"property float {name}\n" for name in ranges)
     header += "element vertex 3\n" + "".join(f"property uint packed_{what}\n" for what in ("position", "rotation", "scale"))
     return (header + f"{last}\n{more}end_header\n").encode() + bytes(200)
 
@@ -243,6 +244,7 @@ def compressed(last, more):
         (lambda folder: before_vertices("element far " + "9" * 11 + "\nproperty float x\n"), "ends after 0 of 20 Gaussians"),
         (lambda folder: compressed("property float packed_color", ""), "compressed PLY of a kind"),
         (lambda folder: compressed("property uint packed_color", "element sh 3\n"), "compressed PLY of a kind"),
+        (lambda folder: compressed("property uint packed_color", "", ("min_r",)), "compressed PLY of a kind"),
     ],
 )
 def test_broken_files_are_refused_in_a_sentence(tmp_path, spoil, says):
