@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,9 +69,10 @@ def import_asset(context: bpy.types.Context, folder: Path, source: dict, provena
     return Imported(collection, mesh_object, splats_object)
 
 
-def import_splats(context: bpy.types.Context, path: str | os.PathLike) -> bpy.types.Object:
+def import_splats(context: bpy.types.Context, path: str | os.PathLike, select: bool = False) -> bpy.types.Object:
     """Splats of any origin (PLY or SPZ) as an object at the 3D cursor, in the collection that is active in the view layer. One undo step;
-    the user's selection, mode and active object stay. What was left out stands in the object's property "kiln_notes".
+    the user's mode stays, and selection and active object unless `select` asks for the new object alone, as Blender's own importers do.
+    What was left out stands in the object's property "kiln_notes".
 
     A file that does not say which way is up most likely has Y down, as the structure-from-motion tools behind most splats do: the object
     is turned for it, not the splats, so that clearing its rotation brings the file's own axes back.
@@ -89,8 +90,20 @@ def import_splats(context: bpy.types.Context, path: str | os.PathLike) -> bpy.ty
         thing["kiln_notes"] = "\n".join(points.notes)
     home = context.collection if context.collection is not None and context.collection.is_editable else scene.collection
     home.objects.link(thing)
+    if select:
+        _select_alone(context.view_layer, thing)
     _undo_step(context, f"Kiln: import {path.name}")
     return thing
+
+
+def _select_alone(layer: bpy.types.ViewLayer, thing: bpy.types.Object) -> None:
+    """Makes an object the selected and active one, where the view layer does not leave its collection out."""
+    with suppress(RuntimeError):
+        thing.select_set(True, view_layer=layer)
+        for other in list(layer.objects):
+            if other != thing:
+                other.select_set(False, view_layer=layer)
+        layer.objects.active = thing
 
 
 def show(collection: bpy.types.Collection, what: str) -> None:

@@ -261,8 +261,8 @@ class KILN_OT_import_splats(ImportHelper, bpy.types.Operator):
     def execute(self, context):
         paths = [Path(self.directory, file.name) for file in self.files if file.name] if self.directory else []
         try:
-            for path in paths or [Path(self.filepath)]:
-                made = import_asset.import_splats(context, path)
+            for path in paths or [Path(bpy.path.abspath(self.filepath))]:
+                made = import_asset.import_splats(context, path, select=True)
                 for note in made.get("kiln_notes", "").splitlines():
                     self.report({"WARNING"}, note)
         except KilnError as error:
@@ -304,7 +304,7 @@ class ResultOperator:
 
     def mesh(self, context) -> bpy.types.Object:
         """The result to work on, or KilnError."""
-        thing = context.scene.objects.get(self.result) if self.result else context.view_layer.objects.active
+        thing = bpy.data.objects.get(self.result) if self.result else context.view_layer.objects.active  # perhaps of another scene
         if not rebake.is_result(thing):
             what = f"{thing.name} is no result of Kiln." if thing else f"There is no result {self.result!r}."
             raise KilnError("bad-target", what, "Select the mesh of an imported result.")

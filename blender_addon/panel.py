@@ -5,7 +5,7 @@ import time
 import blf
 import bpy
 
-from . import preferences, properties, rebake, session
+from . import preferences, properties, rebake, session, splat_nodes
 from .protocol import estimates, recipes
 from .protocol.client import FINAL
 from .protocol.errors import KilnError
@@ -77,7 +77,7 @@ def draw_error(box, context, error: KilnError, details: str = "", dismiss: int |
 def size_text(size: int) -> str:
     for unit, step in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
         if size >= step:
-            return f"{size / step:.1f} {unit}"
+            return f"{size / step:.{1 if size < 100 * step else 0}f} {unit}"
     return f"{size} B"
 
 
@@ -101,10 +101,9 @@ def about_text(seconds: float) -> str:
 
 
 def estimate_text(expected: estimates.Estimate) -> str:
-    where = f"on {(session.current.backend['hello'] or {}).get('host', 'the other computer')}" if session.current.backend["remote"] else (
-        "on this computer"
-    )  # fmt: skip
-    return f"About {about_text(expected.seconds)}, {size_text(expected.bytes)} {where}"
+    backend = session.current.backend
+    where = f" on {(backend['hello'] or {}).get('host', 'the other computer')}" if backend["remote"] else ""
+    return f"About {about_text(expected.seconds)}, {size_text(expected.bytes)} of memory{where}"
 
 
 def takes(recipe: type, values: dict) -> str:
@@ -128,6 +127,14 @@ def day_text(moment: float) -> str:
 
 
 # Parts
+
+
+def draw_advice(layout, context, things) -> None:
+    """Why splats that are shown would not look as they are, if so."""
+    if any(splat_nodes.is_splats(thing) and not (thing.hide_viewport and thing.hide_render) for thing in things):
+        advice = splat_nodes.advice(context.scene)
+        if advice:
+            draw_text(layout, context, advice, "INFO")
 
 
 def backend_words(backend: dict) -> str:
@@ -333,6 +340,11 @@ class KILN_PT_generate(KilnPanel, bpy.types.Panel):
             box.label(text=subject.title, icon="OBJECT_DATA" if subject.kind == "object" else "GROUP")
         if recipe.INPUT == "splats":
             box.operator("kiln.import_splats", text="Import Splats…", icon="IMPORT")
+        active = context.view_layer.objects.active
+        if active is not None and splat_nodes.is_splats(active):
+            for note in active.get("kiln_notes", "").splitlines():
+                draw_text(box, context, note, "INFO")
+            draw_advice(box, context, [active])
         return subject
 
 
@@ -407,6 +419,9 @@ class KILN_PT_jobs(KilnPanel, bpy.types.Panel):
                 for what in ("mesh", "splats", "both"):
                     show = row.operator("kiln.show", text=what.capitalize())
                     show.job, show.what = data["id"], what
+                shown = [thing for collection in imported for thing in collection.objects if splat_nodes.is_splats(thing)]
+                if context.view_layer.objects.active not in shown:  # else it stands above
+                    draw_advice(box, context, shown)
             mesh = next((thing for collection in imported for thing in collection.objects if rebake.is_result(thing)), None)
             if mesh:
                 row = box.row(align=True)

@@ -6,6 +6,7 @@ are never touched. Nothing but the finished objects stays in the file, and after
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -131,13 +132,15 @@ def remesh_quads(
         bpy.data.meshes.remove(shape)
         name, triangles = result.data.materials[0].name, result.data
         pictures, materials = _images(result), list(triangles.materials)
-        result.data = quads
+        _dress(quads, _material(name, maps, quads.uv_layers[0].name))
+        result.data = quads  # last of what can fail: the object would go with its mesh
         for kind, given in ((bpy.data.meshes, [triangles]), (bpy.data.materials, materials), (bpy.data.images, pictures)):
             for one in given:
-                if not bpy.data.user_map(subset=[one])[one]:  # `users` counts wrongly in 4.2
+                if not one.use_fake_user and not bpy.data.user_map(subset=[one])[one]:  # `users` counts wrongly in 4.2
                     kind.remove(one)  # undo brings it back; its name is free now
-        quads.name = f"{name} mesh"
-        _dress(quads, _material(name, maps, quads.uv_layers[0].name))
+        quads.name, quads.materials[0].name = f"{name} mesh", name
+        for picture in _images(result):
+            picture.name = re.sub(r"\.\d{3}$", "", picture.name)
     return result
 
 

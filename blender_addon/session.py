@@ -591,7 +591,8 @@ class Session:
 
     @property
     def gpu(self) -> bool:
-        return self.device.get("kind") == "cuda"
+        """Whether jobs run on a GPU: there is one, and nothing keeps the backend from using it."""
+        return self.device.get("kind") == "cuda" and not self.device.get("problem")
 
     def estimate(self, recipe: str, values: dict, splats: int | None = None) -> estimates.Estimate:
         """What a job will take on this backend. Of one that ran with exactly these parameters, its own time."""

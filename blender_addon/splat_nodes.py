@@ -63,7 +63,7 @@ def advice(scene: bpy.types.Scene) -> str:
     """A sentence where the scene's render settings would not show splats as they are, else nothing. The settings are the user's."""
     if scene.render.engine == "CYCLES" and scene.cycles.transparent_max_bounces < BOUNCES:
         now = scene.cycles.transparent_max_bounces
-        return f"Cycles follows {now} transparent bounces, so splats come out dark: set Light Paths, Transparent to {BOUNCES} or more."
+        return f"{now} transparent bounces darken splats in Cycles: set {BOUNCES} in Light Paths."
     return ""
 
 
@@ -292,8 +292,12 @@ def _node_group(degree: int) -> bpy.types.NodeTree:
         link(value, next(socket for socket in marked.inputs if socket.enabled and socket.name == "Value"))
         latest = marked.outputs[0]
 
-    # For the material: the sphere's radius in standard deviations, 0 for solid ones; and its frame, to take directions back from.
-    store("splat_radius", "FLOAT", switch("FLOAT", 200, 300, given.outputs["Solid"], reach, 0.0), 350)
+    # For the material: the sphere's radius in standard deviations, 0 for solid ones, and the opacity, in one attribute because EEVEE reads
+    # no more than eight of an instance (GPU_MAX_UNIFORM_ATTR in Blender's source); and the sphere's frame, to take directions back from.
+    drawn = node("ShaderNodeCombineXYZ", 250, 400)
+    link(switch("FLOAT", 150, 300, given.outputs["Solid"], reach, 0.0), drawn.inputs[0])
+    link(opacity, drawn.inputs[1])
+    store("splat_drawn", "FLOAT_VECTOR", drawn.outputs[0], 350)
     if degree:
         for axis in range(3):
             along = node("FunctionNodeRotateVector", 350, -300 - 200 * axis)
@@ -322,7 +326,7 @@ def _node_group(degree: int) -> bpy.types.NodeTree:
 
 
 def _material(degree: int) -> bpy.types.Material:
-    """Emits the splat's colour where the line of sight meets it, as much as it is met."""
+    """Emits the splat's colour where the line of sight meets it, as much as it is met. EEVEE shows harmonics of degree 1 at most."""
     material = bpy.data.materials.get(_name(degree))
     if material is not None:
         return material
@@ -361,7 +365,9 @@ def _material(degree: int) -> bpy.types.Material:
     def attribute(name: str, x: float, y: float, output: str) -> bpy.types.NodeSocket:
         return node("ShaderNodeAttribute", x, y, attribute_type="INSTANCER", attribute_name=name).outputs[output]
 
-    radius = attribute("splat_radius", -1400, 0, "Fac")
+    drawn = node("ShaderNodeSeparateXYZ", -1200, 100)
+    link(attribute("splat_drawn", -1400, 100, "Vector"), drawn.inputs[0])
+    radius, opacity = drawn.outputs[0], drawn.outputs[1]
     geometry = node("ShaderNodeNewGeometry", -1600, -400)
     sight = node("ShaderNodeVectorTransform", -1400, -400, vector_type="VECTOR", convert_from="WORLD", convert_to="OBJECT")
     link(geometry.outputs["Incoming"], sight.inputs[0])
@@ -373,20 +379,23 @@ def _material(degree: int) -> bpy.types.Material:
     )  # fmt: skip
     squared = math("MULTIPLY", -600, -200, math("MULTIPLY", -800, 0, radius, radius), distance)
     peak = math("EXPONENT", -300, -200, math("MULTIPLY", -450, -200, squared, -0.5))
-    faded = math("MULTIPLY", -150, -200, peak, attribute("opacity", -400, -400, "Fac"))
+    faded = math("MULTIPLY", -150, -200, peak, opacity)
     front = math("SUBTRACT", -150, -400, 1.0, geometry.outputs["Backfacing"])  # a line of sight meets both sides of a sphere
     is_solid = math("LESS_THAN", -400, 50, radius, 1e-6)
     alpha = math("MAXIMUM", 150, -100, math("MULTIPLY", 0, -200, faded, front), is_solid)
-    color = attribute("color", -400, 300, "Color")
-    if degree:
-        color = _view_dependent(degree, color, sight.outputs[0], attribute, math, vector, node, link)
-    emission = node("ShaderNodeEmission", 150, 200)
-    link(vector("MAXIMUM", 0, 300, color, (0.0, 0.0, 0.0)), emission.inputs["Color"])
-    mix = node("ShaderNodeMixShader", 350, 0)
-    link(alpha, mix.inputs[0])
-    link(node("ShaderNodeBsdfTransparent", 150, 50).outputs[0], mix.inputs[1])
-    link(emission.outputs[0], mix.inputs[2])
-    link(mix.outputs[0], node("ShaderNodeOutputMaterial", 550, 0).inputs["Surface"])
+    average = attribute("color", -400, 300, "Color")
+    # Eight attributes of an instance are those of degree 1. More, which EEVEE would take for zeros, are for Cycles alone.
+    targets = {"ALL": degree} if degree <= 1 else {"CYCLES": degree, "EEVEE": 1}
+    for row, (target, bands) in enumerate(targets.items()):
+        y = -600.0 * row
+        color = _view_dependent(bands, average, sight.outputs[0], attribute, math, vector, node, link) if bands else average
+        emission = node("ShaderNodeEmission", 1500, y + 200)
+        link(vector("MAXIMUM", 1350, y + 300, color, (0.0, 0.0, 0.0)), emission.inputs["Color"])
+        mix = node("ShaderNodeMixShader", 1700, y)
+        link(alpha, mix.inputs[0])
+        link(node("ShaderNodeBsdfTransparent", 1500, y + 50).outputs[0], mix.inputs[1])
+        link(emission.outputs[0], mix.inputs[2])
+        link(mix.outputs[0], node("ShaderNodeOutputMaterial", 1900, y, target=target).inputs["Surface"])
     return material
 
 

@@ -1155,25 +1155,25 @@ def test_what_is_selected_is_soon_known_even_of_thousands():
             thing.select_set(True)
         times = []
         for _ in range(3):
-            started = time.perf_counter()
+            started = time.process_time()  # not the wall clock: other programs run too
             subject = capture.subject(bpy.context)
-            times.append(time.perf_counter() - started)
+            times.append(time.process_time() - started)
         seconds.append(min(times))
     assert len(subject.objects) == 6000 and seconds[1] < 3 * seconds[0] + 0.01
 
 
 def test_thousands_of_instances_are_measured_in_little_memory(tmp_path):
-    """5000 instances of 1000 points: as wide as they stand, while only their extremes are kept."""
+    """2000 instances of 500 points: as wide as they stand, while only their extremes are kept."""
     mesh = bpy.data.meshes.new("ground")
-    side = np.arange(5000) % 100
-    mesh.from_pydata(np.stack([side, np.arange(5000) // 100, 0 * side], 1).tolist(), [], [])
+    side = np.arange(2000) % 100
+    mesh.from_pydata(np.stack([side, np.arange(2000) // 100, 0 * side], 1).tolist(), [], [])
     ground = bpy.data.objects.new("ground", mesh)
     bpy.context.scene.collection.objects.link(ground)
     ball = add("uv_sphere", radius=0.4)
     ball.parent, ground.instance_type = ground, "VERTS"
     work = capture.Capture(capture.subject(bpy.context, objects=[ground]), QUICK, tmp_path)
     assert sum(len(points) for points in work._evaluated.points) < 60_000
-    assert np.allclose(work._highest - work._lowest, (99.8, 49.8, 0.8), atol=0.01)
+    assert np.allclose(work._highest - work._lowest, (99.8, 19.8, 0.8), atol=0.01)
 
 
 def test_an_object_in_a_hidden_collection_is_hidden(tmp_path):

@@ -9,7 +9,7 @@ import bmesh
 import bpy
 import numpy as np
 import pytest
-from bl_ext.kiln_test.kiln import api, backend_link, operators, preferences, session, splat_files, splat_nodes
+from bl_ext.kiln_test.kiln import api, backend_link, operators, panel, preferences, session, splat_files, splat_nodes
 from bl_ext.kiln_test.kiln.protocol import recipes
 from bl_ext.kiln_test.kiln.protocol.errors import KilnError
 from mathutils import Matrix
@@ -226,6 +226,7 @@ def test_an_import_of_splats_is_one_undo_step_and_asks_for_no_backend(tmp_path):
     bpy.ops.kiln.import_splats("EXEC_DEFAULT", True, filepath=str(path))
     (made,) = set(bpy.data.objects) - {bpy.data.objects[name] for name in before["objects"]}
     assert splat_nodes.is_splats(made) and len(made.data.vertices) == 50
+    assert bpy.context.object == made and bpy.context.selected_objects == [made], "as after Blender's own importers"
     bpy.ops.ed.undo()
     assert contents() == before
 
@@ -243,6 +244,17 @@ def test_a_file_that_holds_no_splats_is_said_in_the_panel(tmp_path):
     path = tmp_path / "cube.ply"
     path.write_text("no ply")
     assert "cube.ply" in refused(bpy.ops.kiln.import_splats, filepath=str(path))
+
+
+def test_splats_that_would_come_out_dark_are_told_of_unless_they_are_hidden(monkeypatch):
+    words = []
+    monkeypatch.setattr(panel, "draw_text", lambda layout, context, text, icon: words.append(text))
+    scene, (thing, _) = bpy.context.scene, splats()
+    scene.render.engine, scene.cycles.transparent_max_bounces = "CYCLES", 8
+    panel.draw_advice(None, bpy.context, [thing])
+    thing.hide_viewport = thing.hide_render = True
+    panel.draw_advice(None, bpy.context, [thing])
+    assert len(words) == 1 and "transparent bounces" in words[0]
 
 
 def test_blenders_own_importer_keeps_dropped_ply_files():

@@ -168,13 +168,13 @@ def test_a_preset_says_in_its_tooltip_and_below_what_it_takes():
         expected = now.estimate("reconstruct", recipes.values(recipes.make("reconstruct", preset=name)))
         assert panel.estimate_text(expected) in told
     text = panel.estimate_text(estimates.Estimate(25.2, 1.12e9))
-    assert text == "About 25 s, 1.1 GB on this computer"
+    assert text == "About 25 s, 1.1 GB of memory"
 
 
 def test_a_job_that_needs_more_memory_than_is_free_is_warned_about():
     now = session.current
     now.backend = {**now.backend, "hello": {"device": {"kind": "cpu", "cores": 2, "free_memory": 900_000_000}}}
-    assert "900.0 MB" in panel.memory_warning(estimates.Estimate(1, 1.2e9))
+    assert "900 MB" in panel.memory_warning(estimates.Estimate(1, 1.2e9))
     assert panel.memory_warning(estimates.Estimate(1, 0.8e9)) == ""
     now.backend = {**now.backend, "hello": None}
     assert panel.memory_warning(estimates.Estimate(1, 1e15)) == "", "unknown is not too little"
@@ -186,6 +186,14 @@ def test_a_job_that_needs_more_memory_than_is_free_is_warned_about():
 )
 def test_estimated_times_have_no_more_digits_than_they_deserve(seconds, words):
     assert panel.about_text(seconds) == words
+
+
+def test_a_gpu_that_cannot_be_used_counts_as_none():
+    now = session.current
+    for problem, used in (({}, True), ({"problem": "no engine runs on it"}, False)):
+        now.backend = {**now.backend, "hello": {"device": {"kind": "cuda", "name": "A card", **problem}}}
+        assert now.gpu is used
+    now.backend = {**now.backend, "hello": None}
 
 
 def test_a_log_line_of_a_running_job_is_kept_for_the_panel_and_a_cached_stage_is_remembered():
