@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 from scipy.optimize import nnls
 
+from backend import worker
 from backend.pipelines import PIPELINES
 from backend.pipelines.run import Run, peak_memory
 from backend.splats import ply
@@ -104,7 +105,6 @@ def measured(row: Row) -> Row:
 
     module, name = PIPELINES[row["recipe"]]
     pipeline = importlib.import_module(module)
-    warm_up = getattr(pipeline, "warm_up", None) or importlib.import_module(PIPELINES["reconstruct"][0]).warm_up
     recipe = recipes.make(row["recipe"], row["values"])
     marks: list[tuple[str, float, int]] = []  # stage, when it began, the peak of memory before
 
@@ -123,7 +123,7 @@ def measured(row: Row) -> Row:
             ply.save(folder / "splats.ply", ball_of_splats(row["splats"]), Frame(np.zeros(3), 1.0))
         elif "views" not in row:
             save(ball(recipe.capture.size, recipe.capture.views + recipe.capture.holdout), folder, recipe.capture.holdout)
-        warm_up()
+        worker.warm_up(lambda: True)
         getattr(pipeline, name)(Run(report=report), folder, recipe)
         mark("end")
     seconds: dict[str, float] = {}

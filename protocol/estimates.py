@@ -92,7 +92,7 @@ SECONDS: dict[str, dict[str, float]] = {
 # Bytes that a stage holds at most, by stage and quantity; `base` is held in all of them.
 BYTES: dict[str, dict[str, float]] = {
     "base": {
-        "job": 0.27e9,  # Python, numba and its compiled kernels
+        "job": 0.46e9,  # Python, numba with its compiled kernels, and torch, which tells the worker of GPUs
         "megapixels": 17e6,  # the views: colour, alpha, depth, normals and materials
     },
     "fit": {
