@@ -44,7 +44,8 @@ def extract(splats: Splats, views: Views, p: recipes.Surface, progress: Progress
     seen = views.for_fitting
     progress(0.0, "Reading depth")
     exact = seen.depth is not None
-    depth, slack = (seen.depth, 0.0) if exact else _splat_depth(splats, seen, progress)
+    # A pixel that its own view calls empty has no surface, whatever its depth
+    depth, slack = (np.where(seen.alpha > 0, seen.depth, 0), 0.0) if exact else _splat_depth(splats, seen, progress)
     points, normals, radii = _surface_samples(seen, depth)
     looks = sights(seen.cameras, depth, seen.alpha)
     if not exact:  # what other views see through is no surface

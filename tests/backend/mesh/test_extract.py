@@ -119,6 +119,30 @@ def test_a_subject_that_no_picture_holds_whole_stays_solid():
     assert np.linalg.norm(mesh.vertices, axis=1).min() > 0.87 - 0.06  # nothing is eaten away within
 
 
+def test_an_antenna_a_pixel_wide_keeps_its_length_and_stays_on_its_box():
+    """A pixel at the middle of these views is 0.027."""
+    bar, body, foot = rod(0.012, 0.85), box((0.3, 0.25, 0.25)), np.array([0.11, 0.067, 0])
+    views = capture(union(lambda p: body(p + [0, 0, 0.4]), lambda p: np.maximum(bar(p - foot), -0.4 - p[:, 2])), grey, size=80)
+    mesh = extract(None, views, SURFACE)
+    found = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
+    assert found.is_watertight and found.body_count == 1
+    assert found.bounds[1, 2] == pytest.approx(0.862, abs=2 * 1.5 / 64)
+    ends = np.stack([np.full(40, foot[0]), np.full(40, foot[1]), np.linspace(-0.1, 0.82, 40)], 1)
+    assert cKDTree(found.subdivide_to_size(1 / 64).vertices).query(ends)[0].max() < 2 * 1.5 / 64  # all the way
+
+
+def test_two_objects_are_kept_and_depth_that_the_silhouettes_deny_is_not():
+    views = capture(union(sphere(0.3, (-0.5, 0, 0)), sphere(0.25, (0.5, 0.1, 0.2))), grey)
+    depth = views.depth.copy()
+    depth[0, 5:9, 5:9] = 3.5  # one view has depth where its own and the others' alpha show background
+    assert views.alpha[0, 5:9, 5:9].max() == 0
+    mesh = extract(None, dataclasses.replace(views, depth=depth), SURFACE)
+    found = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
+    pieces = found.split(only_watertight=False)
+    assert sorted(piece.centroid[0] > 0 for piece in pieces) == [False, True]
+    assert sorted(piece.volume for piece in pieces) == pytest.approx([4 / 3 * np.pi * r**3 for r in (0.25, 0.3)], rel=0.05)
+
+
 def test_held_out_views_are_not_used():
     views = capture(sphere(0.6), grey)
     spoiled = dataclasses.replace(views, depth=np.where(views.holdout[:, None, None], 1.0, views.depth).astype(np.float32))
