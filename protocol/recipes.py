@@ -148,7 +148,9 @@ class Texture:
     """UV charts and the colour baked into them from the views."""
 
     size: int = _number(1024, 64, 8192, "Width and height of the texture.", "px")
-    padding: int = _number(4, 0, 64, "Pixels of colour around each chart, against seams at a distance.", "px", True)
+    padding: int = _number(
+        4, 0, 64, "Pixels of colour around each chart, against seams at a distance; down to 2 where charts are many and small.", "px", True
+    )
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,10 @@ from protocol import recipes
 BEST = 4  # views blended in a texel
 SLACK = 0.012  # unit frame: what lies this much behind the depth seen is still taken for the same surface
 UNCLEAN = 1e-3  # weight of a pixel at a silhouette or a step in depth: used where nothing else saw the place
+MIXED = 0.1  # the same for the solver, which knows what such a pixel is a mixture of: parts thinner than a pixel have no other
+LEAST = 0.1  # opacity of a mixed pixel
+COVER = 0.35  # a mixed pixel is of use where the mesh covers about as much of it as its opacity says
+FACING = 0.2  # cosine: a normal further from the mesh's own was seen on another side, or another part
 BEND = 2.0  # pixel sizes: a larger second difference of depth is a step between two surfaces
 SWEEPS = 16  # of the solver; more of them sharpen noise
 MAP_SWEEPS = 4  # of the solver for material and normals: their pixels are points, with more noise between views than means over an area
@@ -59,7 +63,7 @@ def bake(mesh: Mesh, splats: Splats | None, views: Views, p: recipes.Texture, pr
     cut = Mesh(vertices, faces)
 
     looking = "Looking for each texel in the views"
-    depths, clean = _surfaces(mesh, seen, _between(progress, 0.3, 0.45, looking))
+    depths, clean, mixed, centred = _surfaces(mesh, seen, _between(progress, 0.3, 0.45, looking))
     progress(0.45, looking)
     atlas = _lay_out(cut, normals, uv, p.size)
     choice = _choose(atlas, seen, depths, clean)
@@ -76,19 +80,30 @@ def bake(mesh: Mesh, splats: Splats | None, views: Views, p: recipes.Texture, pr
     else:
         _from_nearest(color, found, atlas)
     solving = "Solving for the texture"
-    rays = _trace(cut, uv, seen, clean, _supersample(clean), p.size, _between(progress, 0.55, 0.65, solving))
-    texture = _solve(atlas.spread(color), rays, light, 1.0, True, SWEEPS, _between(progress, 0.65, 0.8, solving))
+    wanted = clean | mixed
+    across = _supersample(wanted)
+    if across == 1:  # one ray does not tell what a pixel is a mixture of
+        wanted = clean
+    rays = _trace(cut, uv, seen, wanted, across, p.size, _between(progress, 0.55, 0.65, solving))
+    trust = np.where(clean, np.float32(1), MIXED * seen.alpha)
+    texture = _solve(atlas.spread(color), rays, light, trust, 1.0, True, SWEEPS, _between(progress, 0.65, 0.8, solving))
     base_color = _coded(srgb_from_linear(atlas.spread(texture[atlas.row, atlas.column])))
     del light, rays
     made = TexturedMesh(vertices, normals, uv, faces, base_color, tangents=turned, texels_seen=float(found.mean()) if len(found) else 0.0)
 
     if seen.normals is None and seen.material is None:
         return made
-    return _maps(made, atlas, choice, seen, clean, _between(progress, 0.8, 1.0, "Solving for the maps"))
+    return _maps(made, atlas, choice, seen, clean, centred, _between(progress, 0.8, 1.0, "Solving for the maps"))
 
 
 def _maps(
-    made: TexturedMesh, atlas: _Atlas, choice: _Choice, seen: Views, clean: Bool[np.ndarray, "v h w"], progress: Callable[[float], None]
+    made: TexturedMesh,
+    atlas: _Atlas,
+    choice: _Choice,
+    seen: Views,
+    clean: Bool[np.ndarray, "v h w"],
+    centred: Bool[np.ndarray, "v h w"],
+    progress: Callable[[float], None],
 ) -> TexturedMesh:
     """`made` with what the passes tell of the surface itself: values at pixels' centres, where there is a surface."""
     shown = seen.alpha > 0
@@ -96,6 +111,9 @@ def _maps(
         shown &= (seen.normals != 0).any(-1)
     if seen.material is not None:
         shown &= seen.material[..., 2] > 0
+    if seen.depth is not None:  # a pixel's centre shows what it shows, whatever lies around it
+        shown &= centred
+        clean = shown
     passes = {"normals": seen.normals, "material": seen.material, "emission": seen.emission}
     given = {name: values for name, values in passes.items() if values is not None}
     size = len(made.base_color)
@@ -110,7 +128,7 @@ def _maps(
             _from_nearest(start, found, atlas)
         most = float(np.abs(values).max())
         part = _between(progress, 0.1 + 0.9 * number / len(given), 0.1 + 0.9 * (number + 1) / len(given))
-        solved[name] = _solve(atlas.spread(start), rays, values, most, False, MAP_SWEEPS, part)[atlas.row, atlas.column]
+        solved[name] = _solve(atlas.spread(start), rays, values, None, most, False, MAP_SWEEPS, part)[atlas.row, atlas.column]
     if "normals" in solved and made.tangents is not None:
         frame = raster.tangent_frame(made.normals, made.tangents, atlas.corners, atlas.weights)
         made = replace(made, normal_map=_coded(atlas.spread(_tangent_space(solved["normals"], frame)) / 2 + 0.5))
@@ -183,13 +201,19 @@ def _mix(values: Float[np.ndarray, "n 3"], corners: Int[np.ndarray, "t 3"], weig
     return values[corners[:, 0]] * weights[:, :1] + values[corners[:, 1]] * weights[:, 1:2] + values[corners[:, 2]] * weights[:, 2:]
 
 
-def _surfaces(mesh: Mesh, seen: Views, progress: Callable[[float], None]) -> tuple[Float[np.ndarray, "v h w"], Bool[np.ndarray, "v h w"]]:
-    """Depth of what each pixel of the views sees, and the pixels that see one surface of the mesh alone."""
+def _surfaces(
+    mesh: Mesh, seen: Views, progress: Callable[[float], None]
+) -> tuple[Float[np.ndarray, "v h w"], Bool[np.ndarray, "v h w"], Bool[np.ndarray, "v h w"], Bool[np.ndarray, "v h w"]]:
+    """Depth of what each pixel of the views sees; the pixels that see one surface of the mesh alone; those that may see several, with
+    nothing before them that the mesh lacks; and those whose centre sees the mesh's surface where the view has it, and on the same side."""
     depths = np.empty(seen.alpha.shape, np.float32)
-    clean = np.empty(seen.alpha.shape, bool)
+    clean, mixed, centred = np.empty(seen.alpha.shape, bool), np.empty(seen.alpha.shape, bool), np.zeros(seen.alpha.shape, bool)
+    smooth = vertex_normals(mesh)
     for i, camera in enumerate(seen.cameras):
         progress(i / len(seen))
-        depths[i] = raster.depth(mesh, camera)[0]
+        screen, inverse_depth = raster.project(mesh.vertices, camera)
+        inverse, triangle = raster.z_buffer(screen, inverse_depth, mesh.faces, camera.width, camera.height)
+        depths[i] = np.where(triangle >= 0, 1 / np.where(triangle >= 0, inverse, 1), 0)
         cover = seen.alpha[i]
         if seen.material is not None:  # a pixel full of a clear surface is full, too
             opacity = seen.material[i, ..., 2]
@@ -199,9 +223,21 @@ def _surfaces(mesh: Mesh, seen: Views, progress: Callable[[float], None]) -> tup
             hidden = (given > 0) & (given < depths[i] - SLACK)
             depths[i][hidden] = given[hidden]
         clean[i] = _clean(depths[i], cover, given, camera.fx)
+        mixed[i] = seen.alpha[i] > LEAST
         if given is not None:
             clean[i] &= ~hidden
-    return depths, clean
+            mixed[i] &= ~maximum_filter(hidden, 3)
+            same = np.flatnonzero((triangle >= 0) & (given > 0) & ~hidden)
+            gap = np.abs(given - depths[i]).ravel()[same]
+            if seen.normals is not None:
+                place = np.stack(np.divmod(same, camera.width), 1)
+                corners = mesh.faces[triangle.ravel()[same]]
+                weights = raster.corner_weights(screen, inverse_depth, corners, place)
+                own = _mix(smooth, corners, weights.astype(np.float32))
+                facing = (own * seen.normals[i].reshape(-1, 3)[same]).sum(1)
+                same, gap = same[facing > FACING], gap[facing > FACING]
+            centred[i].ravel()[same[gap < SLACK]] = True
+    return depths, clean, mixed, centred
 
 
 def _clean(
@@ -394,7 +430,8 @@ def _trace(
     size: int,
     progress: Callable[[float], None],
 ) -> _Rays:
-    """Rays of the wanted pixels that meet the mesh whole; where they are more than RAYS, of an even share of every view's."""
+    """Rays of the wanted pixels that the mesh fills as far as their opacity says; where they are more than RAYS, of an even share of every
+    view's."""
     subject = int(wanted.sum())
     random = np.random.default_rng(0)
     parts = [(np.zeros(0, np.int64), np.zeros((0, supersample**2), np.int32), np.zeros((0, supersample**2, 2), np.uint16))]
@@ -406,36 +443,45 @@ def _trace(
         fine = camera.scaled(supersample)
         screen, inverse = raster.project(cut.vertices, fine)
         _, triangle = raster.z_buffer(screen, inverse, cut.faces, fine.width, fine.height)
-        texel, share, whole = _lookups(screen, inverse, cut.faces, triangle, uv.astype(np.float64), pixels, supersample, size)
-        parts.append((pixels[whole] + i * wanted[i].size, texel[whole], share[whole]))
+        texel, share, cover = _lookups(screen, inverse, cut.faces, triangle, uv.astype(np.float64), pixels, supersample, size)
+        use = (cover > 0) & (np.abs(cover - seen.alpha[i].ravel()[pixels]) < COVER) | (cover == 1)
+        parts.append((pixels[use] + i * wanted[i].size, texel[use], share[use]))
     pixel, texel, share = (np.concatenate(part) for part in zip(*parts, strict=True))
     return _Rays(pixel, texel, share, *_by_row(texel.ravel(), size))
 
 
 @parallel_kernel
 def _lookups(screen, inverse_depth, faces, triangle, uv, pixels, supersample, size):
-    """For each pixel's rays the first texel and the shares of the next ones; whether all its rays meet the mesh."""
+    """For each pixel's rays the first texel and the shares of the next ones; the share of the rays that meet the mesh.
+
+    A ray that meets nothing repeats one that does: the pixel's colour is the mean of what it sees of the mesh.
+    """
     count = supersample * supersample
     width = triangle.shape[1] // supersample
     texel = np.zeros((len(pixels), count), np.int32)
     share = np.zeros((len(pixels), count, 2), np.uint16)
-    whole = np.ones(len(pixels), np.bool_)
+    cover = np.zeros(len(pixels), np.float32)
     for n in prange(len(pixels)):
+        met = 0
         for ray in range(count):
             y = pixels[n] // width * supersample + ray // supersample
             x = pixels[n] % width * supersample + ray % supersample
             f = triangle[y, x]
             if f < 0:
-                whole[n] = False
                 continue
             face = faces[f]
             wa, wb, wc = raster.barycentric(screen, inverse_depth, face, x + 0.5, y + 0.5)
             u = wa * uv[face[0], 0] + wb * uv[face[1], 0] + wc * uv[face[2], 0]
             v = wa * uv[face[0], 1] + wb * uv[face[1], 1] + wc * uv[face[2], 1]
             column, row, right, lower = raster.texel_taps(u, v, size, size)
-            texel[n, ray] = row * size + column
-            share[n, ray, 0], share[n, ray, 1] = np.uint16(lower * 65535 + 0.5), np.uint16(right * 65535 + 0.5)
-    return texel, share, whole
+            texel[n, met] = row * size + column
+            share[n, met, 0], share[n, met, 1] = np.uint16(lower * 65535 + 0.5), np.uint16(right * 65535 + 0.5)
+            met += 1
+        if met > 0:
+            for ray in range(met, count):
+                texel[n, ray], share[n, ray, 0], share[n, ray, 1] = texel[n, ray - met], share[n, ray - met, 0], share[n, ray - met, 1]
+        cover[n] = met / count
+    return texel, share, cover
 
 
 @kernel
@@ -459,6 +505,7 @@ def _solve(
     texture: Float[np.ndarray, "h w 3"],
     rays: _Rays,
     values: Float[np.ndarray, "v h w 3"],
+    trust: Float[np.ndarray, "v h w"] | None,
     most: float,
     encoded: bool,
     sweeps: int,
@@ -467,12 +514,15 @@ def _solve(
     """The texture whose lookups differ least from the pixels' values (SIRT: Gilbert 1972), from the given one.
 
     Each sweep spreads the pixels' errors back over the texels that they looked up. What no ray meets stays as it was. `encoded`: values are
-    light in [0, most], and an error counts by how much it changes the sRGB value; otherwise they are [-most, most], as they are.
+    light in [0, most], and an error counts by how much it changes the sRGB value; otherwise they are [-most, most], as they are. `trust`:
+    weights of the pixels, alike where None.
     """
     if len(rays.pixel) == 0:
         return texture
     target = values.reshape(-1, 3)[rays.pixel]
     weight = (1 / (target + 0.02) ** (2 * (1 - 1 / 2.4))).astype(np.float32) if encoded else np.ones_like(target)
+    if trust is not None:
+        weight *= trust.ravel()[rays.pixel, None]
     texture = np.array(texture, np.float32, order="C")
     reached = np.zeros_like(texture)
     least = 0.0 if encoded or values.min() >= 0 else -most

@@ -33,7 +33,7 @@ WHOLE = 100_000  # faces up to which a mesh is cut into charts as a whole
 PART = 25_000  # faces of a larger mesh that are cut together: each border between parts is a seam, but the time stays in proportion
 PACKED = 2048  # pixels at most that charts are packed in: larger textures take the same layout
 ATTEMPTS = 5
-RESULTS = ("source", "uv", "faces", "chart")
+RESULTS = ("source", "uv", "faces", "chart", "flat")
 FACES_A_SECOND = 5_000  # about, for the progress alone
 
 
@@ -52,11 +52,16 @@ def unwrap(
         raise KilnError("no-surface", "The surface has no extent, or vertices that are not numbers.", "Extract it again with another grid.")
     points = ((points - points.min(0)) * (10 / extent)).astype(np.float32)
     given = {"points": points, "faces": mesh.faces, "size": size, "padding": padding}
-    source, uv, faces, label = _aside({**given, "stiff": np.zeros(0, np.int64)}, progress)
-    folded = _folded(uv, faces, label, size)
-    if len(folded):  # hardly ever: these charts stay as xatlas laid them out
-        source, uv, faces, label = _aside({**given, "stiff": folded}, progress)
+    source, uv, faces, chart, flat = _aside(given, _within(progress, 0.0, 0.8))
+    folded = _folded(uv, faces, chart, size)
+    if len(folded):  # these charts are cut again, the others only packed again
+        laid = {"source": source, "flat": flat, "cut": faces, "chart": chart, "folded": folded}
+        source, uv, faces, _, _ = _aside({**given, **laid}, _within(progress, 0.8, 1.0))
     return source, uv, faces
+
+
+def _within(progress: Progress, first: float, last: float) -> Progress:
+    return lambda done: progress(first + (last - first) * done)
 
 
 def _aside(given: dict[str, Any], progress: Progress) -> list[np.ndarray]:
@@ -116,19 +121,30 @@ def _parts(centres: Float[np.ndarray, "f 3"], faces: Int[np.ndarray, "f"]) -> li
 
 
 def _cut(
-    points: Float[np.ndarray, "n 3"], triangles: Int[np.ndarray, "f 3"], size: int, padding: int, stiff: Int[np.ndarray, "c"]
+    points: Float[np.ndarray, "n 3"], triangles: Int[np.ndarray, "f 3"]
 ) -> tuple[Int[np.ndarray, "m"], Float[np.ndarray, "m 2"], Int[np.ndarray, "f 3"], Int[np.ndarray, "f"]]:
-    """Source vertices, places and faces as of `unwrap`, and which chart of the smoothed surface each face was in.
-
-    Charts of the smoothed surface that are in `stiff`, or fold when they are relaxed, are cut again as the true surface asks.
-    """
+    """Charts side by side nowhere yet: source vertices, places in the points' unit, faces, and which chart of the smoothed surface each
+    face was in. Charts that fold when they are relaxed are cut again."""
     everything = np.arange(len(triangles))
     parts = [everything] if len(triangles) <= WHOLE else _parts(points[triangles].mean(1), everything)
     source, rough, faces = _charts(_even(points, triangles), triangles, parts)
     rough, label = _scaled(rough, points[source], faces)
     chart = label[faces[:, 0]]
     uv = _unfold(_relax(points.astype(np.float64)[source], rough, faces), faces)
-    bad = np.union1d(chart[(_area(uv, faces) <= 0) & (_area(rough, faces) > 0)], stiff)
+    bad = np.unique(chart[(_area(uv, faces) <= 0) & (_area(rough, faces) > 0)])
+    return *_cut_again(points, triangles, source, uv, faces, chart, bad), chart
+
+
+def _cut_again(
+    points: Float[np.ndarray, "n 3"],
+    triangles: Int[np.ndarray, "f 3"],
+    source: Int[np.ndarray, "m"],
+    uv: Float[np.ndarray, "m 2"],
+    faces: Int[np.ndarray, "f 3"],
+    chart: Int[np.ndarray, "f"],
+    bad: Int[np.ndarray, "c"],
+) -> tuple[Int[np.ndarray, "k"], Float[np.ndarray, "k 2"], Int[np.ndarray, "f 3"]]:
+    """The same with the charts in `bad` cut as the true surface asks, and as xatlas lays them out."""
     again = [np.flatnonzero(chart == number) for number in bad]
     if again:
         new, places, cut = _charts(points, triangles, again)
@@ -137,7 +153,7 @@ def _cut(
         source, uv = np.concatenate([source, new]), np.concatenate([uv, places])
         kept, index = np.unique(faces, return_inverse=True)
         source, uv, faces = source[kept], uv[kept], index.reshape(-1, 3)
-    return source, _pack(uv, faces, size, padding), faces.astype(np.int32), chart
+    return source, uv, faces.astype(np.int32)
 
 
 def _even(points: Float[np.ndarray, "n 3"], triangles: Int[np.ndarray, "f 3"]) -> Float[np.ndarray, "n 3"]:
@@ -279,8 +295,17 @@ def _pack(uv: Float[np.ndarray, "n 2"], faces: Int[np.ndarray, "f 3"], size: int
     return np.clip(best, 0, 1).astype(np.float32)
 
 
+def _run(points, faces, size, padding, source=None, flat=None, cut=None, chart=None, folded=None) -> dict[str, Any]:
+    """What the process of `_aside` does: everything, or the folded charts of an earlier run again."""
+    if folded is None:
+        source, flat, cut, chart = _cut(points, faces)
+    else:
+        source, flat, cut = _cut_again(points, faces, source, flat, cut, chart, folded)
+    packed = _pack(flat, cut, int(size), int(padding))
+    return dict(zip(RESULTS, (source, packed, cut, chart, flat), strict=True))
+
+
 if __name__ == "__main__":
     with np.load(sys.argv[1], allow_pickle=False) as arrays:
-        found = _cut(arrays["points"], arrays["faces"], int(arrays["size"]), int(arrays["padding"]), arrays["stiff"])
-    named: dict[str, Any] = dict(zip(RESULTS, found, strict=True))
-    np.savez(sys.argv[2], **named)
+        found = _run(**arrays)
+    np.savez(sys.argv[2], **found)

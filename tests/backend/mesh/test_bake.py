@@ -141,10 +141,13 @@ def test_a_mesh_cut_in_parts_is_the_same_surface(monkeypatch):
     mesh = as_mesh(trimesh.creation.icosphere(4, 6.0))
     monkeypatch.setattr(unwrap, "WHOLE", 2000)
     monkeypatch.setattr(unwrap, "PART", 2000)
-    source, uv, faces, chart = unwrap._cut(mesh.vertices, mesh.faces, 512, 2, np.zeros(0, np.int64))
+    source, flat, faces, chart = unwrap._cut(mesh.vertices, mesh.faces)
+    uv = unwrap._pack(flat, faces, 512, 2)
     assert np.array_equal(source[faces], mesh.faces) and uv.min() >= 0 and uv.max() <= 1
-    again, _, faces, _ = unwrap._cut(mesh.vertices, mesh.faces, 512, 2, chart[:1])  # one chart cut anew
-    assert np.array_equal(again[faces], mesh.faces)
+    again, places, new = unwrap._cut_again(mesh.vertices, mesh.faces, source, flat, faces, chart, chart[:1])  # one chart cut anew
+    assert np.array_equal(again[new], mesh.faces)
+    others = chart != chart[0]
+    assert np.array_equal(places[new][others], flat[faces][others]) and not np.array_equal(places[new][~others], flat[faces][~others])
 
 
 def test_charts_are_few_and_keep_lengths_on_a_bumpy_surface():
