@@ -32,7 +32,7 @@ SCORED = 8  # one picture in so many more is kept from the mesh, to score it
 GAP = 0.05  # of the subject's radius: empty space beyond which lie floaters and background
 FARTHEST = 2.0  # radii of the share that is surely the subject: how far parts without a gap may reach
 MIST = 0.05  # opacity of splats that make no surface; without them clean models look the same to 50 dB
-MARGIN = 1.4  # of the pictures around the subject: what lies beside it must be seen to be empty
+MARGIN = 1.05  # of the pictures around the subject, whose border has to show background alone
 LARGEST = 0.3  # of the subject's radius: standard deviation from which a splat is background, sky or mist
 
 

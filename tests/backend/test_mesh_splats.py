@@ -26,8 +26,9 @@ FRAME = Frame(np.array([10.0, -2.0, 3.0]), 5.0)  # a ball of 14 cm radius, away 
 
 @pytest.fixture(scope="module")
 def fitted():
+    """Splats whose own silhouettes lie on the ball's: with half as many steps they would be 2 % larger, and so would their mesh."""
     views = dataclasses.replace(ball(96, 20), depth=None, normals=None)
-    return fit(views, recipes.Fit(splats=2000, iterations=150, sh_degree=1, device="cpu"), 0)
+    return fit(views, recipes.Fit(splats=4000, iterations=300, sh_degree=1, device="cpu"), 0)
 
 
 def shell(count=3000, radius=0.7, seed=0) -> Splats:
@@ -68,7 +69,7 @@ def test_a_splat_file_becomes_a_mesh_where_its_splats_are(tmp_path, fitted, suff
     assert mesh.is_watertight and mesh.volume > 0
     centre = FRAME.centre[[0, 2, 1]] * [1, 1, -1]  # GLB has Y up
     radii = np.linalg.norm(mesh.vertices - centre, axis=1) * FRAME.scale
-    assert abs(radii.mean() - 0.7) < 0.045 and np.abs(radii - 0.7).max() < 0.1  # a pixel is 0.023 of these units
+    assert abs(radii.mean() - 0.7) < 0.01 and np.abs(radii - 0.7).max() < 0.035  # a cell is 0.03 of these units
     report = json.loads((out / "report.json").read_text())
     assert report["recipe"] == "mesh_splats" and report["views"] == 20 and report["holdout_views"] == 3
     assert report["mesh_psnr"] > 24 and report["splats_psnr"] > 45 and report["file_splats"] == len(fitted) >= report["splats"]
@@ -88,7 +89,7 @@ def test_the_same_file_makes_the_same_mesh_and_the_log_counts_what_was_left_out(
         ply.save(tmp_path / name / "splats.ply", spoilt, FRAME)
     first, second = meshed(tmp_path / "a", log=logs[0]), meshed(tmp_path / "b", log=logs[1])
     assert (first / "mesh.glb").read_bytes() == (second / "mesh.glb").read_bytes()
-    assert logs[0] == logs[1] and "7 of 2,000 Gaussians have values that are no numbers" in logs[0][0]
+    assert logs[0] == logs[1] and "7 of 4,000 Gaussians have values that are no numbers" in logs[0][0]
 
 
 @pytest.mark.parametrize(("up", "rotation"), [("z_up", np.eye(3)), ("y_up", Z_UP_FROM_Y_UP.T), ("y_down", Z_UP_FROM_Y_UP)])
