@@ -2,7 +2,8 @@
 """How good and how dear the surface is: for every folder of views, with the depth and normals that they carry and from colour alone.
 
 Scores against the visible true surface, processor seconds (user and system, all threads) of each phase, and in a child process by how much
-the peak of resident memory rises at the preset's grid and at 512. Without --views, on a built-in ball.
+the peak of resident memory rises at the preset's grid and at 512. Recall within 0.5% of the diagonal is also stated apart for thin parts:
+true surface behind which the opposite side lies within 0.5% of the diagonal. Without --views, on a built-in ball.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import trimesh
+from scipy.spatial import cKDTree
 
 from backend.mesh.extract import extract
 from backend.mesh.measure import score
@@ -32,7 +34,11 @@ from protocol import recipes
 
 GRIDS = (recipes.Surface().grid, 512)
 BALL_RADIUS = 0.7  # what `ball` draws
-COLUMNS = ("views", "from", "F 1%", "F 0.5%", "Chamfer", "closed", "hidden", "faces", "seconds", "phases", "MB at 224", "MB at 512")
+COLUMNS = (
+    "views", "from", "F 1%", "F 0.5%", "Chamfer", "thin recall", "closed", "hidden", "faces", "seconds", "phases", "MB at 224", "MB at 512",
+)  # fmt: skip
+NEAR = 0.005  # of the diagonal
+THIN_SAMPLES = 4000
 
 
 class Phases:
@@ -82,9 +88,28 @@ def write(mesh: Mesh, views: Views, path: Path, glb_axes: bool) -> None:
     trimesh.Trimesh(points, mesh.faces, process=False).export(path)
 
 
-def row(name: str, views: Views, splats: Splats | None, source: Path | None, memory: bool) -> dict:
+def thin_recall(mesh_path: Path, source_path: Path) -> dict[str, float]:
+    """The share of the true surface that is part of something thinner than NEAR, and how much of that the mesh comes within NEAR of."""
+    mesh, source = (trimesh.load(path, force="mesh", process=False) for path in (mesh_path, source_path))
+    near = NEAR * float(np.linalg.norm(source.extents))
+    points, face = trimesh.sample.sample_surface(source, THIN_SAMPLES, seed=0)
+    others, of = trimesh.sample.sample_surface(source, 400_000, seed=1)
+    tree, normals = cKDTree(others), source.face_normals
+    is_thin = np.zeros(len(points), bool)
+    for depth in np.linspace(0.1, 1.0, 10) * near:  # is the other side's surface there?
+        distance, index = tree.query(points - normals[face] * depth, workers=-1)
+        is_thin |= (distance < 0.1 * near) & ((normals[face] * normals[of[index]]).sum(1) < -0.5)
+    thin = points[is_thin]
+    dense = trimesh.sample.sample_surface(mesh, 400_000, seed=0)[0]
+    found = {"thin_share": len(thin) / len(points)}
+    if len(thin):
+        found["thin_recall"] = float((cKDTree(dense).query(thin, workers=-1)[0] < near).mean())
+    return found
+
+
+def row(name: str, views: Views, splats: Splats | None, source: Path | None, memory: bool, p: recipes.Surface) -> dict:
     phases, start = Phases(), time.process_time()
-    mesh = extract(splats, views, recipes.Surface(), phases)
+    mesh = extract(splats, views, p, phases)
     phases(1.0)
     seconds = time.process_time() - start
     found = {
@@ -97,7 +122,7 @@ def row(name: str, views: Views, splats: Splats | None, source: Path | None, mem
     if source is not None:
         with tempfile.TemporaryDirectory() as folder:
             write(mesh, views, Path(folder) / "mesh.ply", source.suffix in (".glb", ".gltf"))
-            found |= score(Path(folder) / "mesh.ply", source)
+            found |= score(Path(folder) / "mesh.ply", source) | thin_recall(Path(folder) / "mesh.ply", source)
     if memory:
         found |= {f"peak_mb_{grid}": round(peak_megabytes(splats, views, grid)) for grid in GRIDS}
     return found
@@ -107,7 +132,7 @@ def line(entry: dict) -> str:
     def text(key: str, form: str) -> str:
         return format(entry[key], form) if key in entry else ""
 
-    cells = [entry["views"], entry["from"], text("f1", ".3f"), text("f05", ".3f"), text("chamfer", ".1e")]
+    cells = [entry["views"], entry["from"], text("f1", ".3f"), text("f05", ".3f"), text("chamfer", ".1e"), text("thin_recall", ".3f")]
     cells += ["" if "watertight" not in entry else "yes" if entry["watertight"] else "no", text("hidden", ".1%"), str(entry["faces"])]
     cells += [text("seconds", ".2f"), ", ".join(f"{name.lower()} {value}" for name, value in entry["phases"].items())]
     cells += [text(f"peak_mb_{grid}", "") for grid in GRIDS]
@@ -135,6 +160,9 @@ def main() -> None:
     parser.add_argument("--views", type=Path, metavar="DIR", help="folders of views, each with its transforms.json")
     parser.add_argument("--sources", type=Path, metavar="DIR", help="the true meshes, named as the folders are up to a final _SIZE, as GLB")
     parser.add_argument("--only", metavar="REGEX", default="", help="the folders whose name this is found in")
+    parser.add_argument("--grid", type=int, default=recipes.Surface().grid, help="of the scored meshes")
+    parser.add_argument("--faces", type=int, default=recipes.Surface().faces, help="of the scored meshes")
+    parser.add_argument("--no-colour", action="store_true", help="leave out the fits from colour alone")
     parser.add_argument("--no-memory", action="store_true", help="leave out what needs a process of its own for each figure")
     parser.add_argument("--json", type=Path, metavar="FILE")
     a = parser.parse_args()
@@ -145,11 +173,12 @@ def main() -> None:
         for name, views, source in subjects(a, Path(scratch)):
             if not re.search(a.only, name):
                 continue
-            bare = dataclasses.replace(views, depth=None, normals=None)
-            for given, splats in ((views, None), (bare, fit(bare, recipes.Fit(device="cpu"), 0))):
-                if given.depth is None and splats is None:
+            bare = dataclasses.replace(views, depth=None, normals=None, material=None, emission=None)
+            for given in (views, bare):
+                if given is views and views.depth is None or given is bare and a.no_colour:
                     continue
-                rows.append(row(name, given, splats, source, not a.no_memory))
+                splats = None if given is views else fit(bare, recipes.Fit(device="cpu"), 0)
+                rows.append(row(name, given, splats, source, not a.no_memory, recipes.Surface(grid=a.grid, faces=a.faces)))
                 print(line(rows[-1]), flush=True)
     for kind in ("passes", "colour"):
         scored = [entry for entry in rows if entry["from"] == kind and "f05" in entry]
