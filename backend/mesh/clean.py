@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Bool, Int
-from numba import njit, prange
+from numba import prange
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from backend.mesh import raster
 from backend.mesh.mesh import Mesh
+from backend.splats.parallel import kernel, parallel_kernel
 from backend.views.cameras import look_at
 
 TAUBIN = (0.5, -0.53)  # Taubin 1995: a shrinking and a growing pass, pass band 0.11
@@ -69,7 +70,7 @@ def smooth(mesh: Mesh, passes: int) -> Mesh:
     return Mesh(points.astype(np.float32), mesh.faces)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _neighbours(faces, count):
     """Each vertex's neighbours, vertex after vertex, and where they start. On a closed surface each is in one face its successor."""
     starts = np.zeros(count + 1, np.int64)
@@ -87,7 +88,7 @@ def _neighbours(faces, count):
     return neighbours, starts
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@parallel_kernel
 def _towards_mean(points, neighbours, starts, step):
     moved = np.empty_like(points)
     for v in prange(len(points)):

@@ -9,10 +9,11 @@ from __future__ import annotations
 import heapq
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
 from backend.mesh.mesh import Mesh
 from backend.progress import Progress, silent
+from backend.splats.parallel import kernel, parallel_kernel
 
 PULL = 1e-6  # weight of the distance to the edge's middle: places vertices well where the surface is flat
 VALENCE = 48  # most faces around a vertex
@@ -54,7 +55,7 @@ def decimate(mesh: Mesh, faces: int, progress: Progress = silent) -> Mesh:
     return Mesh((vertices[used] + centre).astype(np.float32), index.reshape(-1, 3).astype(np.int32))
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _quadrics(vertices, faces):
     """Each vertex's squared distance to the planes of its faces, weighted by their areas."""
     quadrics = np.zeros((len(vertices), 10))
@@ -81,7 +82,7 @@ def _quadrics(vertices, faces):
     return quadrics
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _connect(faces, count):
     """Which faces live (all), and each vertex's corners (3 * face + corner) as chains: the first, and the one after each."""
     first, following = np.full(count, -1, np.int32), np.full(3 * len(faces), -1, np.int32)
@@ -92,7 +93,7 @@ def _connect(faces, count):
     return np.ones(len(faces), np.bool_), first, following
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _edges(faces):
     """Every edge once: a closed surface has it in either direction."""
     edges, count = np.empty((3 * len(faces), 2), np.int32), 0
@@ -105,7 +106,7 @@ def _edges(faces):
     return edges[:count]
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@parallel_kernel
 def _costs(quadrics, vertices, edges):
     costs = np.empty(len(edges))
     for n in prange(len(edges)):
@@ -113,7 +114,7 @@ def _costs(quadrics, vertices, edges):
     return costs
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _sweep(edges, most, vertices, faces, quadrics, alive, first, following):
     """Collapses edges in their order, at most `most`, if neither end did yet; returns how many faces are gone."""
     touched = np.zeros(len(vertices), np.bool_)
@@ -133,7 +134,7 @@ def _sweep(edges, most, vertices, faces, quadrics, alive, first, following):
     return gone
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _best_place(quadrics, vertices, a, b):
     """Where the vertex of edge a, b goes, and what it costs: x'Ax + 2b'x + c with q = (A: xx xy xz yy yz zz, b: x y z, c)."""
     q0, q1, q2 = quadrics[a, 0] + quadrics[b, 0], quadrics[a, 1] + quadrics[b, 1], quadrics[a, 2] + quadrics[b, 2]
@@ -159,7 +160,7 @@ def _best_place(quadrics, vertices, a, b):
     return max(cost, 0.0), x, y, z
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _around(v, first, following, faces, alive, found):
     """The live corners (3 * face + corner) at a vertex, and their number; forgets dead ones on the way."""
     count, previous, corner = 0, -1, first[v]
@@ -179,7 +180,7 @@ def _around(v, first, following, faces, alive, found):
     return count
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _normal(vertices, b, c, x, y, z):
     """Twice the area vector of the triangle of a place and two vertices."""
     ux, uy, uz = vertices[b, 0] - x, vertices[b, 1] - y, vertices[b, 2] - z
@@ -188,7 +189,7 @@ def _normal(vertices, b, c, x, y, z):
     return uy * vz - uz * vy, uz * vx - ux * vz, ux * vy - uy * vx, longest
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _turns(vertices, faces, corners, count, other, x, y, z):
     """Whether moving a vertex to a place turns one of its faces over or makes it needle-thin; faces that hold `other` vanish."""
     for n in range(count):
@@ -206,7 +207,7 @@ def _turns(vertices, faces, corners, count, other, x, y, z):
     return False
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _collapse(a, b, vertices, faces, quadrics, alive, first, following, at_a, at_b):
     """Moves vertex a to the edge's best place and b into it; returns how many faces vanish, 0 if the surface forbids it."""
     around_a, around_b = _around(a, first, following, faces, alive, at_a), _around(b, first, following, faces, alive, at_b)
@@ -255,7 +256,7 @@ def _collapse(a, b, vertices, faces, quadrics, alive, first, following, at_a, at
     return 2
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _collapse_cheapest(edges, target, vertices, faces, quadrics, alive, first, following):
     """Always the cheapest edge, until `target` faces are left."""
     version = np.zeros(len(vertices), np.int32)

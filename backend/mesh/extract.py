@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from numba import njit, prange
+from numba import prange
 from scipy.spatial import cKDTree
 
 from backend.mesh.clean import drop_pieces, smooth
@@ -22,6 +22,7 @@ from backend.mesh.march import SIDE, march
 from backend.mesh.mesh import Mesh
 from backend.progress import Progress, silent
 from backend.splats.model import SH_C0, Splats
+from backend.splats.parallel import kernel, parallel_kernel
 from backend.splats.render import render
 from backend.views.views import Views
 from protocol import recipes
@@ -147,7 +148,7 @@ def keep_thin(field: Field, looks: Sights, points: Float[np.ndarray, "n 3"], nor
     return thin
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _touch(touched, index, centres):
     """Marks the blocks without values that the balls reach."""
     for n in range(len(centres)):
@@ -158,7 +159,7 @@ def _touch(touched, index, centres):
                     touched[a, b, c] |= index[a, b, c] == OUTSIDE
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _reached(centre, counts):
     """The blocks that hold grid points within BALL cells along each axis: first and one past the last."""
     low, high = np.empty(3, np.int64), np.empty(3, np.int64)
@@ -168,7 +169,7 @@ def _reached(centre, counts):
     return low, high
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _stamp(index, blocks, centres):
     for n in range(len(centres)):
         low, high = _reached(centres[n], index.shape)
@@ -228,7 +229,7 @@ def _density_in_blocks(
     return fill
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _bin(means, reach, low, high):
     """The Gaussians that reach each block of the box, in their own order."""
     counts = high - low
@@ -258,14 +259,14 @@ def _bin(means, reach, low, high):
     return order, starts
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _blocks_of(middle, reach, low, high):
     """The blocks along an axis that hold grid points within reach: first and one past the last."""
     first = int(np.floor((np.ceil(middle - reach) - 1) / SIDE))
     return max(first, low), min(int(np.floor((middle + reach) / SIDE)) + 1, high)
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@parallel_kernel
 def _density(blocks, places, low, high, means, inverse_axes, opacity, reach, order, starts):
     """blocks: cells by which the sum of opacity x exp(-r^2 / 2) falls short of DENSITY, -1 to 1 in STEPS; inverse_axes[n] takes an offset
     in cells to standard deviations."""

@@ -18,10 +18,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
-from numba import njit, prange
+from numba import prange
 
 from backend.mesh.march import SIDE
 from backend.progress import Progress, silent
+from backend.splats.parallel import kernel, parallel_kernel
 from backend.views.cameras import Camera
 
 REACH = 4.0  # cells: the field is cut off beyond this distance
@@ -146,7 +147,7 @@ def _parts(seen: Sights):
     return seen.poses, seen.lenses, seen.inverse, seen.kind, seen.rim, seen.bounds, seen.levels
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _prepare(depth, alpha, fx, fy):
     """1 / depth, what each 2 x 2 block of pixels shows, and the alpha at a silhouette.
 
@@ -186,7 +187,7 @@ def _prepare(depth, alpha, fx, fy):
     return inverse, kind, rim
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _bound(inverse, kind, lens, levels, bounds):
     """Level 0, for each 2 x 2 block of pixels: q, the largest 1 / depth, before which all is free; the smallest, behind which all is
     hidden; and the largest length by which `_signed_distance` divides 1 - z q. Then the same over pairs of pairs."""
@@ -223,7 +224,7 @@ def _bound(inverse, kind, lens, levels, bounds):
                 bounds[0, n], bounds[1, n], bounds[2, n] = largest, smallest, longest
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _verdict(low, high, origin, cell, rule, n, poses, lenses, bounds, levels):
     """What one view says of all grid points from `low` to `high`: 2 it sees the background through them, 1 they are free by more than
     rule[FREE], -1 they are hidden by more than rule[HIDDEN], -2 they are not in the picture, 0 it cannot tell or they differ."""
@@ -270,7 +271,7 @@ def _verdict(low, high, origin, cell, rule, n, poses, lenses, bounds, levels):
     return 0
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _sift(low, high, shape, origin, cell, rule, poses, lenses, bounds, levels, views, hidden, kept):
     """Puts those of `views` into `kept` that may still have a say in the box; returns their number, or OUTSIDE or INSIDE if it is decided.
     And `hidden` with their votes that have not: how many views hide the whole box, less those that hold their subject without it."""
@@ -295,7 +296,7 @@ def _sift(low, high, shape, origin, cell, rule, poses, lenses, bounds, levels, v
     return (INSIDE if count == 0 and not edge else count), hidden
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@parallel_kernel
 def _search(index, boxes, origin, cell, rule, shape, poses, lenses, inverse, kind, rim, bounds, levels):
     """Decides every block: OUTSIDE, INSIDE, or UNKNOWN where the surface may be. boxes: first blocks of COARSE^3 each."""
     everyone = np.arange(len(poses))
@@ -325,7 +326,7 @@ def _search(index, boxes, origin, cell, rule, shape, poses, lenses, inverse, kin
                 index[a, b, c] = state if state < 0 else UNKNOWN
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@parallel_kernel
 def _compute(blocks, places, origin, cell, rule, shape, poses, lenses, inverse, kind, rim, bounds, levels):
     everyone = np.arange(len(poses))
     outside = np.int16(REACH * STEPS)
@@ -381,7 +382,7 @@ def _compute(blocks, places, origin, cell, rule, shape, poses, lenses, inverse, 
                                     )
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _value(wx, wy, wz, cell, poses, lenses, inverse, kind, rim, views, hidden, distances, weights):
     """The largest free distance over the views, averaged over those that agree; STEPS of a cell, cut off at REACH. hidden: votes of views
     that are not in `views`."""
@@ -413,7 +414,7 @@ def _value(wx, wy, wz, cell, poses, lenses, inverse, kind, rim, views, hidden, d
     return np.int16(max(largest, -REACH) * STEPS)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _fused(wx, wy, wz, solid, cell, rule, poses, lenses, inverse, kind, rim, views, hidden):
     """The mean of the views' distances along their rays, each cut off at rule[HIDDEN], or `solid` where that is deeper inside; but outside
     where the silhouettes or rule[VOTES] views say so. STEPS of a cell, cut off at REACH."""
@@ -465,7 +466,7 @@ def _fused(wx, wy, wz, solid, cell, rule, poses, lenses, inverse, kind, rim, vie
     return np.int16(min(max(value, -REACH), REACH) * STEPS)
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@parallel_kernel
 def within(points, seen_poses, lenses, kind):
     """Which places (world) no view sees the background at."""
     inside = np.ones(len(points), np.bool_)
@@ -485,7 +486,7 @@ def within(points, seen_poses, lenses, kind):
     return inside
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _signed_distance(x, y, z, n, lenses, inverse, kind, rim):
     """Whether a place (camera axes) lies in one view's picture; how far in front of what the view sees there, in world units, -inf where
     it says nothing; and the squared cosine of the view's angle to the surface, 0 where it is unknown.
@@ -521,13 +522,13 @@ def _signed_distance(x, y, z, n, lenses, inverse, kind, rim):
     return True, distance, 0.0
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _between(maps, n, m, r, c, a, b):
     upper = maps[n, m, r, c] * (1 - a) + maps[n, m, r, c + 1] * a
     return upper * (1 - b) + (maps[n, m, r + 1, c] * (1 - a) + maps[n, m, r + 1, c + 1] * a) * b
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def lookup(index, blocks, x, y, z):
     """The field between grid points (a place in cells), in cells; 0 outside the grid."""
     i, j, k = int(x), int(y), int(z)
@@ -547,7 +548,7 @@ def lookup(index, blocks, x, y, z):
     return value / STEPS
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@parallel_kernel
 def lookups(index, blocks, points):
     """`lookup` at many places."""
     values = np.empty(len(points))

@@ -8,9 +8,10 @@ loops, and a loop becomes triangles none of whose inner edges lies in a face of 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit, prange
+from numba import prange
 
 from backend.mesh.mesh import Mesh
+from backend.splats.parallel import kernel, parallel_kernel
 
 SIDE = 8  # cubes along a side of a block, which holds the SIDE + 1 points of its corners
 LEAST = np.float32(0.01)  # cells: a vertex on a grid point would make faces without area
@@ -82,7 +83,7 @@ def march(blocks: np.ndarray, places: np.ndarray, shape: tuple[int, ...], steps:
     return Mesh(points[only], faces)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _case(block, i, j, k):
     case = 0
     for corner in range(8):
@@ -91,7 +92,7 @@ def _case(block, i, j, k):
     return case
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@parallel_kernel
 def _sizes(blocks):
     """Vertices and triangles of each block."""
     sizes = np.zeros((len(blocks), 2), np.int64)
@@ -111,13 +112,13 @@ def _sizes(blocks):
     return sizes
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def _clear(value, scale):
     cells = np.float32(value) * scale
     return max(cells, LEAST) if value >= 0 else min(cells, -LEAST)
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@parallel_kernel
 def _triangulate(blocks, places, shape, scale, first, points, keys, faces):
     for n in prange(len(blocks)):
         block = blocks[n]
@@ -163,7 +164,7 @@ def _triangulate(blocks, places, shape, scale, first, points, keys, faces):
                         face += 1
 
 
-@njit(parallel=True, nogil=True, cache=True)
+@parallel_kernel
 def _renumber(faces, index):
     for n in prange(len(faces)):
         for k in range(3):
