@@ -24,7 +24,7 @@ def composed(parameters: list[torch.Tensor], camera: Camera, features: torch.Ten
     covariance, _ = _quat_scale_to_covar_preci(quaternions, log_scales.exp(), compute_preci=False)
     view = torch.tensor(camera.camera_from_world)[None]
     intrinsics = torch.tensor([[camera.fx, 0, camera.cx], [0, camera.fy, camera.cy], [0, 0, 1.0]], dtype=torch.float64)[None]
-    _, centres, depths, conics, _ = _fully_fused_projection(means, covariance, view, intrinsics, camera.width, camera.height)
+    _, centres, depths, conics, _ = _fully_fused_projection(means, covariance, view, intrinsics, camera.width, camera.height, eps2d=0.1)
     slopes = torch.zeros(len(means), 2, dtype=torch.float64)
     if features is None:
         in_camera, turned = _world_to_cam(means, covariance, view)
