@@ -122,7 +122,11 @@ class Fit:
     )
     flat_weight: float = _number(0.0, 0.0, 100.0, "Weight of the splats' thickness.", advanced=True)
     distortion_weight: float = _number(
-        0.0, 0.0, 1000.0, "Weight of the spread in depth of the splats that one pixel shows; takes half again the time.", advanced=True
+        0.1,
+        0.0,
+        1000.0,
+        "Weight of the spread in depth of the splats that one pixel shows, where views have no depth; takes half again the time.",
+        advanced=True,
     )
     hull_weight: float = _number(0.0, 0.0, 100.0, "Weight of the opacity of splats outside the silhouettes.", advanced=True)
     random_background: bool = _flag(

@@ -215,9 +215,13 @@ def preview_camera(cameras: list[Camera]) -> Camera:
 
 
 def shape_weights(views: Views, p: recipes.Fit) -> ShapeWeights:
-    """The terms that look at the Gaussians. Views that have normals say how the surface faces; else the fitted depth does."""
+    """The terms that look at the Gaussians. Views that have normals say how the surface faces; else the fitted depth does.
+
+    Where no view says how deep a surface lies, evenly coloured parts are explained as well by splats inside the object: without the
+    distortion term Spot's body came out hollow (F-score at 0.5 % 0.968 instead of 0.996). Three other objects stayed as they were.
+    """
     normal = p.consistency_weight if views.depth is None or views.normals is None else p.normal_weight
-    return ShapeWeights(normal, p.flat_weight, p.hull_weight, p.distortion_weight)
+    return ShapeWeights(normal, p.flat_weight, p.hull_weight, p.distortion_weight if views.depth is None else 0.0)
 
 
 def _fit_on_cpu(views: Views, p: recipes.Fit, seed: int, progress: Progress, schedule: Schedule) -> Splats:
