@@ -144,7 +144,7 @@ def test_too_little_room_leaves_out_gaussians_and_nothing_else():
     part = raster_warp.draw(matrix, numbers_of(views), 44, 37, room=Small())
     part.sum().backward()
     assert torch.isfinite(part).all() and torch.isfinite(matrix.grad).all() and (part[:, 4] <= 1).all()
-    assert torch.equal(part[0, :, :16], whole[0, :, :16]) or part[0, 4].mean() > 0.5 * whole[0, 4].mean()
+    assert part[0, 4].mean() > 0.9 * whole[0, 4].mean()  # room runs out in the last view
     assert part[1, 4].mean() < whole[1, 4].mean()
 
 
