@@ -27,6 +27,9 @@ SERIAL = 0.25  # share of the work that more cores do not speed up
 QUANTITIES: dict[str, Callable[[Values], float]] = {
     "job": lambda v: 1,
     "views": lambda v: v["count"],
+    "frames": lambda v: v["frames"],  # of a moving subject
+    "frames x nodes": lambda v: v["frames"] * v["fit.nodes"],
+    "frames x kilofaces": lambda v: v["frames"] * v["surface.faces"] / 1e3,
     "megapixels": lambda v: v["count"] * v["size"] ** 2 / 1e6,  # of all views
     "rendered megapixels": lambda v: v["count"] * v["size"] ** 2 / 1e6 * v.get("capture.samples", 0) / 16,
     "iterations": lambda v: v["fit.iterations"],
@@ -63,6 +66,14 @@ SECONDS: dict[str, dict[str, float]] = {
         "job": 3.0,  # torch and the kernels come up
         "iterations": 4.0e-3,
         "iterations x megapixels": 2.0e-3,
+    },
+    "follow": {
+        "megapixels": 0.5,  # the surfaces that the nodes are drawn to
+        "frames": 0.5,
+        "frames x nodes": 1.0e-3,  # the equations that move them
+    },
+    "armature": {
+        "frames x kilofaces": 0.05,
     },
     "look": {
         "views x kilosplats": 0.11e-3,  # drawing each picture once
@@ -119,6 +130,7 @@ BYTES: dict[str, dict[str, float]] = {
 }
 
 STAGES = {"reconstruct": ("capture", "read", "fit", "extract", "bake", "measure", "import"),
+          "animate": ("capture", "read", "follow", "fit", "extract", "bake", "armature", "measure", "import"),
           "mesh_splats": ("export", "read", "look", "extract", "bake", "measure", "import")}  # fmt: skip
 IN_BLENDER = ("capture", "export", "import")
 
@@ -166,6 +178,9 @@ def known(recipe: str, values: Values, splats: int | None) -> Values:
     if recipes.recipe_named(recipe).INPUT == "splats":
         return {**values, "count": values["look.count"], "size": values["look.size"], "splats": splats or SPLATS}
     views = values["capture.views"] + values["capture.holdout"]
+    if recipes.recipe_named(recipe).INPUT == "motion":
+        frames = max(1, (values["capture.frame_end"] - values["capture.frame_start"]) // values["capture.frame_step"] + 1)
+        return {**values, "count": frames * views, "frames": frames, "size": values["capture.size"], "splats": values["fit.splats"]}
     return {**values, "count": views, "size": values["capture.size"], "splats": values["fit.splats"]}
 
 

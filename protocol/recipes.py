@@ -189,6 +189,66 @@ class Look:
 
 
 @dataclass(frozen=True)
+class CaptureMotion:
+    """How the extension renders a moving subject: a few cameras at every chosen frame, others from frame to frame."""
+
+    scene_frames: bool = _flag(True, "Take the scene's frame range.")
+    frame_start: int = _number(1, -1_000_000, 1_000_000, "First frame, where the scene's range is not taken.")
+    frame_end: int = _number(24, -1_000_000, 1_000_000, "Last frame, where the scene's range is not taken.")
+    frame_step: int = _number(1, 1, 1000, "Every so many frames one is captured.")
+    views: int = _number(8, 4, 200, "Cameras that see each frame.")
+    cameras: int = _number(24, 4, 200, "Cameras altogether: each frame is seen by the next few of them in turn.")
+    size: int = _number(256, 64, 4096, "Width and height of each view.", "px")
+    color: str = _choice(
+        "base_color",
+        {
+            "base_color": "The material's own colour, without light: the asset can be relit",
+            "cycles": "As Cycles renders it in the scene's light",
+            "eevee": "As EEVEE renders it in the scene's light",
+        },
+        "What the views show.",
+    )
+    samples: int = _number(16, 1, 4096, "Render samples a pixel.", advanced=True)
+    geometry: bool = _flag(True, "Render exact depth and normals beside the colour.", advanced=True)
+    materials: bool = _flag(
+        True, "Render roughness, metallic, opacity and emission beside the base colour, for the asset's own maps.", advanced=True
+    )
+    holdout: int = _number(2, 0, 50, "Extra views of each frame kept out of the fit, to score the result.", advanced=True)
+
+
+@dataclass(frozen=True)
+class FitMotion:
+    """Motion and splats from views of a moving subject: sparse control nodes after Huang et al. 2024 (SC-GS), placed by embedded
+    deformation (Sumner et al. 2007) and refined by the splats' own pictures."""
+
+    splats: int = _number(12_000, 500, 2_000_000, "Gaussians in the finished model, at most.")
+    iterations: int = _number(3000, 50, 100_000, "Optimisation steps over all frames, one view each.")
+    nodes: int = _number(300, 20, 5000, "Control nodes that carry the motion.")
+    sh_degree: int = _number(0, 0, 3, "Degree of the colour's change with the viewing direction; 0 for unlit colour.")
+    device: str = _choice(
+        "auto",
+        {"auto": "An NVIDIA GPU where one can be used, else the CPU", "cpu": "The CPU", "cuda": "An NVIDIA GPU"},
+        "Where the fit runs.",
+        True,
+    )
+    ssim_weight: float = _number(0.2, 0.0, 1.0, "Share of structural similarity in the colour loss; the rest is L1.", advanced=True)
+    alpha_weight: float = _number(0.5, 0.0, 100.0, "Weight of the silhouette's L1 loss.", advanced=True)
+    depth_weight: float = _number(0.1, 0.0, 100.0, "Weight of the depth's L1 loss, where views have depth.", advanced=True)
+    rigidity_weight: float = _number(1.0, 0.0, 1000.0, "How strongly neighbouring nodes move as one rigid body.", advanced=True)
+    smoothness_weight: float = _number(0.1, 0.0, 1000.0, "How strongly nodes keep their speed from frame to frame.", advanced=True)
+    residual: bool = _flag(True, "Let each splat leave its nodes a little, frame by frame.", advanced=True)
+    opacity: bool = _flag(True, "Let splats fade in and out: parts that appear.", advanced=True)
+
+
+@dataclass(frozen=True)
+class Armature:
+    """Bones and weights solved from the moving vertices (smooth skinning decomposition, Le and Deng 2012), at most four weights a vertex."""
+
+    bones: int = _number(24, 1, 128, "Bones, at most; fewer where these explain the motion.")
+    scale: bool = _flag(True, "Bones may scale, so that stretching parts follow.")
+
+
+@dataclass(frozen=True)
 class Reconstruct:
     """Renders of an object -> splats -> surface -> textured mesh."""
 
@@ -235,7 +295,35 @@ class MeshSplats:
     texture: Texture = Texture()
 
 
-RECIPES: dict[str, Any] = {recipe.NAME: recipe for recipe in (Reconstruct, MeshSplats)}
+@dataclass(frozen=True)
+class Animate:
+    """Renders of a moving object -> motion and dynamic splats -> surface carried through time -> keyframed mesh."""
+
+    NAME: ClassVar[str] = "animate"
+    TITLE: ClassVar[str] = "Animate"
+    INPUT: ClassVar[str] = "motion"
+    WEIGHTS: ClassVar[tuple[str, ...]] = ()
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "draft": {
+            "capture.views": 6, "capture.size": 128, "fit.splats": 5000, "fit.iterations": 1000, "fit.nodes": 150,
+            "surface.grid": 96, "surface.faces": 4000, "texture.size": 512,
+        },
+        "standard": {"surface.grid": 160, "surface.faces": 10_000},
+        "high": {
+            "capture.views": 12, "capture.cameras": 36, "capture.size": 512, "fit.splats": 30_000, "fit.iterations": 12_000,
+            "fit.nodes": 600, "surface.grid": 256, "surface.faces": 30_000, "texture.size": 2048,
+        },
+    }  # fmt: skip
+
+    capture: CaptureMotion = CaptureMotion()
+    fit: FitMotion = FitMotion()
+    surface: Surface = Surface()
+    texture: Texture = Texture()
+    armature: Armature = Armature()
+    seed: int = _number(0, 0, 2**31 - 1, "Start of every random draw: same seed, same device, same result.", advanced=True)
+
+
+RECIPES: dict[str, Any] = {recipe.NAME: recipe for recipe in (Reconstruct, Animate, MeshSplats)}
 
 
 def recipe_named(name: str) -> Any:

@@ -30,3 +30,38 @@ class TexturedMesh:
     emission_strength: float = 1.0  # at least 1
     tangents: Float[np.ndarray, "n 4"] | None = None  # float32; w: the bitangent's sign (tangents.py)
     texels_seen: float | None = None  # share of the charts' texels that some view saw
+
+
+@dataclass(frozen=True)
+class AnimatedMesh:
+    """One topology and one texture, and where the vertices are at each moment.
+
+    mesh: at rest. vertices, normals: at each of T moments, unit frame. frames: the timeline's frame number of each moment. fps: timeline
+    frames a second.
+    """
+
+    mesh: TexturedMesh
+    vertices: Float[np.ndarray, "t n 3"]  # float32
+    normals: Float[np.ndarray, "t n 3"]  # float32, unit length
+    frames: Float[np.ndarray, "t"]
+    fps: float
+
+
+@dataclass(frozen=True)
+class Rig:
+    """B bones that move a mesh: v(t) = sum over its bones of weight x (R(t) S(t) (v - heads) + heads + translation(t)), S(t) one factor for
+    each axis of the rest frame, unit frame throughout.
+
+    heads, tails: the bones at rest. parents: index of each bone's parent, less than its own, or -1. joints, weights: at most four bones a
+    vertex, the heaviest first; weights sum to 1. rotations: unit quaternions, w first. translations: of the heads. scales: 1 where bones
+    may not scale. All three are of the bone itself, not by its parent.
+    """
+
+    heads: Float[np.ndarray, "b 3"]
+    tails: Float[np.ndarray, "b 3"]
+    parents: Int[np.ndarray, "b"]
+    joints: Int[np.ndarray, "n 4"]
+    weights: Float[np.ndarray, "n 4"]
+    rotations: Float[np.ndarray, "t b 4"]
+    translations: Float[np.ndarray, "t b 3"]
+    scales: Float[np.ndarray, "t b 3"]
