@@ -209,7 +209,6 @@ class CaptureMotion:
         "What the views show.",
     )
     samples: int = _number(16, 1, 4096, "Render samples a pixel.", advanced=True)
-    geometry: bool = _flag(True, "Render exact depth and normals beside the colour.", advanced=True)
     materials: bool = _flag(
         True, "Render roughness, metallic, opacity and emission beside the base colour, for the asset's own maps.", advanced=True
     )
