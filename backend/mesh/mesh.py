@@ -49,16 +49,19 @@ class AnimatedMesh:
 
 @dataclass(frozen=True)
 class Rig:
-    """B bones that move a mesh: v(t) = sum over its bones of weight x (R(t) S(t) (v - heads) + heads + translation(t)), S(t) one factor for
-    each axis of the rest frame, unit frame throughout.
+    """B bones that move a mesh: v(t) = sum over its bones of weight x (R(t) A S(t) A^-1 (v - head) + head + translation(t)), unit frame
+    throughout. S(t): one factor for each of the bone's own axes at rest, the columns of A.
 
-    heads, tails: the bones at rest. parents: index of each bone's parent, less than its own, or -1. joints, weights: at most four bones a
-    vertex, the heaviest first; weights sum to 1. rotations: unit quaternions, w first. translations: of the heads. scales: 1 where bones
-    may not scale. All three are of the bone itself, not by its parent.
+    heads, tails: the bones at rest. axes: A as unit quaternions, w first; the second axis points from head to tail, as in Blender. parents:
+    index of each bone's parent, less than its own, or -1. joints, weights: at most four bones a vertex, the heaviest first; weights sum to
+    1. rotations: R, unit quaternions, w first. translations: of the heads. scales: 1 where bones may not scale. All three are the bone's
+    own, not by its parent, and no bone takes over another's scale: a turned child under a scaled parent would be sheared, which neither
+    glTF's nodes nor Blender's bones can say. So glb.py writes each factor into a joint that has no children.
     """
 
     heads: Float[np.ndarray, "b 3"]
     tails: Float[np.ndarray, "b 3"]
+    axes: Float[np.ndarray, "b 4"]
     parents: Int[np.ndarray, "b"]
     joints: Int[np.ndarray, "n 4"]
     weights: Float[np.ndarray, "n 4"]
