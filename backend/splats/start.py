@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from jaxtyping import Float
 from scipy.ndimage import binary_dilation, binary_erosion, gaussian_filter
 from scipy.spatial import cKDTree
 
@@ -25,6 +26,13 @@ HALVINGS = 2  # how often an even cell may be halved there
 
 def on_surface(views: Views, count: int, sh_degree: int, random: np.random.Generator) -> Splats:
     """Flat Gaussians on the surface that depth and normals of all views show, at most `count`: more where colours change within less."""
+    return on_points(*surface_points(views), count, sh_degree, random)
+
+
+def surface_points(
+    views: Views,
+) -> tuple[Float[np.ndarray, "n 3"], Float[np.ndarray, "n 3"], Float[np.ndarray, "n 3"], Float[np.ndarray, "n"]]:
+    """The points of all views' pixels, their colours and normals, and how well each is seen."""
     found: list[tuple] = []
     for i, camera in enumerate(views.cameras):
         solid = (views.alpha[i] > SOLID) & (views.depth[i] > 0)
@@ -34,6 +42,11 @@ def on_surface(views: Views, count: int, sh_degree: int, random: np.random.Gener
         # A view that looks along the surface smears its colours over it.
         found.append((points, views.images[i][solid], normals, np.maximum(facing, 0.05) ** 2))
     points, colors, normals, weights = (np.concatenate(part) for part in zip(*found, strict=True))
+    return points, colors, normals, weights
+
+
+def on_points(points, colors, normals, weights, count: int, sh_degree: int, random: np.random.Generator) -> Splats:
+    """Flat Gaussians on weighted, coloured points of a surface, at most `count`."""
     if len(points) == 0:
         raise KilnError("bad-input", "No view has depth where its alpha shows the subject.", "Capture the views again.")
     cells = _cells(points, colors, weights, count)
