@@ -17,13 +17,15 @@ from scipy.ndimage import distance_transform_edt, maximum_filter, minimum_filter
 from scipy.spatial import cKDTree
 
 from backend.mesh import raster
-from backend.mesh.mesh import Mesh, TexturedMesh
+from backend.mesh.mesh import AnimatedMesh, Mesh, MovingMesh, TexturedMesh
 from backend.mesh.raster import linear_from_srgb, srgb_from_linear
 from backend.mesh.tangents import tangents
 from backend.mesh.unwrap import unwrap
 from backend.progress import Progress, silent
 from backend.splats.model import SH_C0, Splats
 from backend.splats.parallel import kernel, parallel_kernel
+from backend.splats.sequence import SplatSequence
+from backend.views.sequence import ViewSequence
 from backend.views.views import Views
 from protocol import recipes
 
@@ -42,6 +44,15 @@ NEIGHBOURS = 200_000  # seen texels among which an unseen one finds its nearest
 CLEAR = 250  # 255ths: opacity from which on a texel counts as opaque
 SPECK = 1e-4  # share of the texture that may be less: errors at outlines
 FAINT = 1 / 255  # linear light below which nothing glows
+MOST_PIXELS = 30_000_000  # of a moving subject's views that are looked at
+
+
+@dataclass(frozen=True)
+class _Poses:
+    """Where the mesh is in each of V views: at one of M moments."""
+
+    vertices: Float[np.ndarray, "m n 3"]
+    moment: Int[np.ndarray, "v"]
 
 
 def bake(mesh: Mesh, splats: Splats | None, views: Views, p: recipes.Texture, progress: Progress = silent) -> TexturedMesh:
@@ -52,6 +63,29 @@ def bake(mesh: Mesh, splats: Splats | None, views: Views, p: recipes.Texture, pr
     of the nearest seen texel; and the mesh's own normal.
     """
     seen = views.for_fitting
+    return _bake(mesh, _Poses(mesh.vertices[None], np.zeros(len(seen), np.int64)), splats, seen, p, progress)[0]
+
+
+def bake_in_time(
+    moving: MovingMesh, splats: SplatSequence, views: ViewSequence, p: recipes.Texture, progress: Progress = silent
+) -> AnimatedMesh:
+    """`bake` of a mesh that moves, from the views of all moments: what is hidden at one is coloured from another.
+
+    Of long sequences every so many moments are looked at, so that it is MOST_PIXELS in all.
+    """
+    fitted = ~views.views.holdout
+    every = -(-int(fitted.sum()) * views.views.alpha[0].size // MOST_PIXELS)
+    used = fitted & ((views.time - moving.rest) % every == 0)
+    poses = _Poses(moving.vertices, views.time[used])
+    made, source = _bake(moving.at(moving.rest), poses, splats.at(moving.rest), views.views.subset(used), p, progress)
+    normals = np.stack([vertex_normals(moving.at(moment))[source] for moment in range(len(moving.vertices))])
+    return AnimatedMesh(made, np.ascontiguousarray(moving.vertices[:, source]), normals.astype(np.float32), moving.frames, moving.fps)
+
+
+def _bake(
+    mesh: Mesh, poses: _Poses, splats: Splats | None, seen: Views, p: recipes.Texture, progress: Progress
+) -> tuple[TexturedMesh, Int[np.ndarray, "n"]]:
+    """The mesh at rest with its textures, and which vertex of `mesh` each of its vertices is."""
     progress(0.0, "Cutting charts")
     source, uv, faces = unwrap(mesh, p.size, p.padding, _between(progress, 0, 0.3, "Cutting charts"))
     turned = None
@@ -63,10 +97,13 @@ def bake(mesh: Mesh, splats: Splats | None, views: Views, p: recipes.Texture, pr
     cut = Mesh(vertices, faces)
 
     looking = "Looking for each texel in the views"
-    depths, clean, mixed, centred = _surfaces(mesh, seen, _between(progress, 0.3, 0.45, looking))
+    depths, clean, mixed, centred, at_rest = _surfaces(mesh, poses, seen, _between(progress, 0.3, 0.45, looking))
+    seen = replace(seen, normals=at_rest)
     progress(0.45, looking)
     atlas = _lay_out(cut, normals, uv, p.size)
-    choice = _choose(atlas, seen, depths, clean)
+    directions = np.stack([vertex_normals(Mesh(placed, mesh.faces))[source] for placed in poses.vertices]).astype(np.float32)
+    poses = _Poses(np.ascontiguousarray(poses.vertices[:, source]), poses.moment)
+    choice = _choose(atlas, poses, directions, seen, depths, clean)
     del depths
 
     light = np.empty_like(seen.images)
@@ -84,7 +121,7 @@ def bake(mesh: Mesh, splats: Splats | None, views: Views, p: recipes.Texture, pr
     across = _supersample(wanted)
     if across == 1:  # one ray does not tell what a pixel is a mixture of
         wanted = clean
-    rays = _trace(cut, uv, seen, wanted, across, p.size, _between(progress, 0.55, 0.65, solving))
+    rays = _trace(cut, poses, uv, seen, wanted, across, p.size, _between(progress, 0.55, 0.65, solving))
     trust = np.where(clean, np.float32(1), MIXED * seen.alpha)
     texture = _solve(atlas.spread(color), rays, light, trust, 1.0, True, SWEEPS, _between(progress, 0.65, 0.8, solving))
     base_color = _coded(srgb_from_linear(atlas.spread(texture[atlas.row, atlas.column])))
@@ -92,12 +129,13 @@ def bake(mesh: Mesh, splats: Splats | None, views: Views, p: recipes.Texture, pr
     made = TexturedMesh(vertices, normals, uv, faces, base_color, tangents=turned, texels_seen=float(found.mean()) if len(found) else 0.0)
 
     if seen.normals is None and seen.material is None:
-        return made
-    return _maps(made, atlas, choice, seen, clean, centred, _between(progress, 0.8, 1.0, "Solving for the maps"))
+        return made, source
+    return _maps(made, poses, atlas, choice, seen, clean, centred, _between(progress, 0.8, 1.0, "Solving for the maps")), source
 
 
 def _maps(
     made: TexturedMesh,
+    poses: _Poses,
     atlas: _Atlas,
     choice: _Choice,
     seen: Views,
@@ -117,7 +155,7 @@ def _maps(
     passes = {"normals": seen.normals, "material": seen.material, "emission": seen.emission}
     given = {name: values for name, values in passes.items() if values is not None}
     size = len(made.base_color)
-    rays = _trace(Mesh(made.vertices, made.faces), made.uv, seen, clean & shown, 1, size, lambda done: progress(0.1 * done))
+    rays = _trace(Mesh(made.vertices, made.faces), poses, made.uv, seen, clean & shown, 1, size, lambda done: progress(0.1 * done))
     solved = {}
     for number, (name, one) in enumerate(given.items()):
         values = one / np.float32(255) if one.dtype == np.uint8 else np.asarray(one, np.float32)
@@ -202,16 +240,29 @@ def _mix(values: Float[np.ndarray, "n 3"], corners: Int[np.ndarray, "t 3"], weig
 
 
 def _surfaces(
-    mesh: Mesh, seen: Views, progress: Callable[[float], None]
-) -> tuple[Float[np.ndarray, "v h w"], Bool[np.ndarray, "v h w"], Bool[np.ndarray, "v h w"], Bool[np.ndarray, "v h w"]]:
+    mesh: Mesh, poses: _Poses, seen: Views, progress: Callable[[float], None]
+) -> tuple[
+    Float[np.ndarray, "v h w"],
+    Bool[np.ndarray, "v h w"],
+    Bool[np.ndarray, "v h w"],
+    Bool[np.ndarray, "v h w"],
+    Float[np.ndarray, "v h w 3"] | None,
+]:
     """Depth of what each pixel of the views sees; the pixels that see one surface of the mesh alone; those that may see several, with
-    nothing before them that the mesh lacks; and those whose centre sees the mesh's surface where the view has it, and on the same side."""
+    nothing before them that the mesh lacks; those whose centre sees the mesh's surface where the view has it, and on the same side; and the
+    views' normals as they would be with the mesh at rest."""
     depths = np.empty(seen.alpha.shape, np.float32)
     clean, mixed, centred = np.empty(seen.alpha.shape, bool), np.empty(seen.alpha.shape, bool), np.zeros(seen.alpha.shape, bool)
-    smooth = vertex_normals(mesh)
+    moves = len(poses.vertices) > 1
+    at_rest = np.zeros_like(seen.normals) if moves and seen.normals is not None else seen.normals
+    posed, smooth, moment = mesh, vertex_normals(mesh), -1
     for i, camera in enumerate(seen.cameras):
         progress(i / len(seen))
-        screen, inverse_depth = raster.project(mesh.vertices, camera)
+        if moves and poses.moment[i] != moment:  # views of one moment follow each other
+            moment = poses.moment[i]
+            posed = Mesh(poses.vertices[moment], mesh.faces)
+            smooth = vertex_normals(posed)
+        screen, inverse_depth = raster.project(posed.vertices, camera)
         inverse, triangle = raster.z_buffer(screen, inverse_depth, mesh.faces, camera.width, camera.height)
         depths[i] = np.where(triangle >= 0, 1 / np.where(triangle >= 0, inverse, 1), 0)
         cover = seen.alpha[i]
@@ -237,7 +288,21 @@ def _surfaces(
                 facing = (own * seen.normals[i].reshape(-1, 3)[same]).sum(1)
                 same, gap = same[facing > FACING], gap[facing > FACING]
             centred[i].ravel()[same[gap < SLACK]] = True
-    return depths, clean, mixed, centred
+        if moves and seen.normals is not None:
+            there = triangle >= 0
+            face = triangle[there]
+            turned_back = _frames(mesh, face) @ np.swapaxes(_frames(posed, face), 1, 2)
+            at_rest[i][there] = np.einsum("nij,nj->ni", turned_back, seen.normals[i][there].astype(np.float64))
+    return depths, clean, mixed, centred, at_rest
+
+
+def _frames(mesh: Mesh, face: Int[np.ndarray, "n"]) -> Float[np.ndarray, "n 3 3"]:
+    """Unit axes of faces as columns: along the first edge, across it, and the normal."""
+    a, b, c = np.moveaxis(mesh.vertices.astype(np.float64)[mesh.faces[face]], 1, 0)
+    along, normal = b - a, np.cross(b - a, c - a)
+    along /= np.maximum(np.linalg.norm(along, axis=1, keepdims=True), 1e-30)
+    normal /= np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-30)
+    return np.stack([along, np.cross(normal, along), normal], -1)
 
 
 def _clean(
@@ -269,16 +334,25 @@ class _Choice:
     share: UInt8[np.ndarray, "t b 4"]
 
 
-def _choose(atlas: _Atlas, seen: Views, depths: Float[np.ndarray, "v h w"], clean: Bool[np.ndarray, "v h w"]) -> _Choice:
-    poses = np.stack([camera.camera_from_world for camera in seen.cameras])
+def _choose(
+    atlas: _Atlas,
+    poses: _Poses,
+    directions: Float[np.ndarray, "m n 3"],
+    seen: Views,
+    depths: Float[np.ndarray, "v h w"],
+    clean: Bool[np.ndarray, "v h w"],
+) -> _Choice:
+    cameras = np.stack([camera.camera_from_world for camera in seen.cameras])
     lenses = np.array([[camera.fx, camera.fy, camera.cx, camera.cy] for camera in seen.cameras])
-    return _Choice(*_best_views(atlas.position, atlas.direction, poses, lenses, seen.alpha, depths, clean))
+    return _Choice(
+        *_best_views(atlas.corners, atlas.weights, poses.vertices, directions, poses.moment, cameras, lenses, seen.alpha, depths, clean)
+    )
 
 
 @parallel_kernel
-def _best_views(position, direction, poses, lenses, alpha, depths, clean):
+def _best_views(corners, weights, vertices, normals, moment, poses, lenses, alpha, depths, clean):
     """A view's weight is the texel's size in its picture times its angle: frontal views win, and pixels that are not clean hardly count."""
-    count, views = len(position), len(poses)
+    count, views = len(corners), len(poses)
     height, width = alpha.shape[1:]
     chosen = np.full((count, BEST), np.int16(-1))
     weight = np.zeros((count, BEST), np.float32)
@@ -286,9 +360,19 @@ def _best_views(position, direction, poses, lenses, alpha, depths, clean):
     shares = np.zeros((count, BEST, 4), np.uint8)
     for t in prange(count):
         taps = np.zeros(4)
-        px, py, pz = np.float64(position[t, 0]), np.float64(position[t, 1]), np.float64(position[t, 2])
-        dx, dy, dz = np.float64(direction[t, 0]), np.float64(direction[t, 1]), np.float64(direction[t, 2])
+        first, second, third = corners[t, 0], corners[t, 1], corners[t, 2]
+        wa, wb, wc = np.float64(weights[t, 0]), np.float64(weights[t, 1]), np.float64(weights[t, 2])
         for n in range(views):
+            if n == 0 or moment[n] != moment[n - 1]:
+                at, to = vertices[moment[n]], normals[moment[n]]
+                px = wa * at[first, 0] + wb * at[second, 0] + wc * at[third, 0]
+                py = wa * at[first, 1] + wb * at[second, 1] + wc * at[third, 1]
+                pz = wa * at[first, 2] + wb * at[second, 2] + wc * at[third, 2]
+                dx = wa * to[first, 0] + wb * to[second, 0] + wc * to[third, 0]
+                dy = wa * to[first, 1] + wb * to[second, 1] + wc * to[third, 1]
+                dz = wa * to[first, 2] + wb * to[second, 2] + wc * to[third, 2]
+                length = np.sqrt(dx * dx + dy * dy + dz * dz)
+                dx, dy, dz = dx / length, dy / length, dz / length
             m = poses[n]
             x = m[0, 0] * px + m[0, 1] * py + m[0, 2] * pz + m[0, 3]
             y = m[1, 0] * px + m[1, 1] * py + m[1, 2] * pz + m[1, 3]
@@ -423,6 +507,7 @@ def _supersample(clean: Bool[np.ndarray, "v h w"]) -> int:
 
 def _trace(
     cut: Mesh,
+    poses: _Poses,
     uv: Float[np.ndarray, "n 2"],
     seen: Views,
     wanted: Bool[np.ndarray, "v h w"],
@@ -441,7 +526,7 @@ def _trace(
         if subject > RAYS:
             pixels = pixels[random.random(len(pixels)) < RAYS / subject]
         fine = camera.scaled(supersample)
-        screen, inverse = raster.project(cut.vertices, fine)
+        screen, inverse = raster.project(poses.vertices[poses.moment[i]], fine)
         _, triangle = raster.z_buffer(screen, inverse, cut.faces, fine.width, fine.height)
         texel, share, cover = _lookups(screen, inverse, cut.faces, triangle, uv.astype(np.float64), pixels, supersample, size)
         use = (cover > 0) & (np.abs(cover - seen.alpha[i].ravel()[pixels]) < COVER) | (cover == 1)

@@ -15,6 +15,20 @@ class Mesh:
 
 
 @dataclass(frozen=True)
+class MovingMesh:
+    """One topology at T moments; `rest` is the moment whose surface it was made from. frames, fps: as in ViewSequence."""
+
+    vertices: Float[np.ndarray, "t n 3"]  # float32
+    faces: Int[np.ndarray, "f 3"]  # int32
+    rest: int
+    frames: Float[np.ndarray, "t"]
+    fps: float
+
+    def at(self, moment: int) -> Mesh:
+        return Mesh(self.vertices[moment], self.faces)
+
+
+@dataclass(frozen=True)
 class TexturedMesh:
     """A mesh cut along its UV seams: vertices repeat where charts meet."""
 
