@@ -1,5 +1,5 @@
-"""Gaussian splats in files: the PLY layout of 3D Gaussian Splatting (Kerbl et al. 2023) and SPZ, the compressed one of
-github.com/nianticlabs/spz. numpy and the standard library only; nothing here knows Blender.
+"""Gaussian splats in files: the PLY layout of 3D Gaussian Splatting (Kerbl et al. 2023), SuperSplat's compressed PLY (read only), and SPZ,
+the compressed one of github.com/nianticlabs/spz. numpy and the standard library only; nothing here knows Blender.
 
 What is written can be read by any viewer of splats. What is read may come from anywhere: its properties in any order and beside others,
 damaged, or larger than memory.
@@ -30,6 +30,8 @@ PLY_TYPES = {
     "int": "<i4", "int32": "<i4", "uint": "<u4", "uint32": "<u4", "float": "<f4", "float32": "<f4", "double": "<f8", "float64": "<f8",
 }  # fmt: skip
 REQUIRED = ("x", "y", "z", "f_dc_0", "f_dc_1", "f_dc_2", "opacity", *(f"scale_{i}" for i in range(3)), *(f"rot_{i}" for i in range(4)))
+PACKED = ("packed_position", "packed_rotation", "packed_scale", "packed_color")  # in place of REQUIRED, in compressed PLY
+CHUNK = 256  # splats of a compressed PLY that share their ranges
 MADE_HERE = "comment Kiln, 3D Gaussian splats, metres, Z up"
 SPZ_MAGIC, SPZ_VERSION = 0x5053474E, 3
 SPZ_HEADER = struct.Struct("<IIIBBBB")  # magic, version, splats, degree, fractional bits, flags, reserved
@@ -145,43 +147,112 @@ def _cleaned(points: Points, name: str) -> Points:
 # PLY
 
 
+@dataclass(frozen=True)
+class _Element:
+    name: str
+    count: int
+    layout: np.dtype
+    start: int  # byte of the file where its rows begin
+
+
 def _read_ply(file: IO[bytes], name: str) -> Points:
-    count, layout, z_up = _ply_header(file, name)
-    missing = [needed for needed in REQUIRED if needed not in layout.names]
+    elements, z_up = _ply_header(file, name)
+    vertices = elements.get("vertex", _Element("vertex", 0, np.dtype([]), 0))
+    given = vertices.layout.names or ()
+    if "chunk" in elements and set(PACKED) <= set(given):
+        return _read_packed(file, elements, name)
+    missing = [needed for needed in REQUIRED if needed not in given]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise bad(f"{name} has no {missing[0]}{more}: it does not hold splats.", "Choose Gaussian splats, not a mesh or points.")
-    rest = sum(entry.startswith("f_rest_") for entry in layout.names)
-    if rest not in (0, 9, 24, 45) or any(f"f_rest_{i}" not in layout.names for i in range(rest)):
+    rest = sum(entry.startswith("f_rest_") for entry in given)
+    if rest not in (0, 9, 24, 45) or any(f"f_rest_{i}" not in given for i in range(rest)):
         raise bad(f"{name} has {rest} f_rest values; degrees 0 to 3 have 0, 9, 24 or 45.", "Export it with another degree.")
-    _check_count(count, name)
-    here = file.tell()
-    left = file.seek(0, os.SEEK_END) - here
-    if left < count * layout.itemsize:
-        raise bad(f"{name} ends after {left // layout.itemsize:,} of {count:,} splats.", "Copy it again.")
-    file.seek(here)
-    rows = np.fromfile(file, layout, count)
-
-    def columns(kind: type, *names: str) -> np.ndarray:
-        return np.stack([rows[entry] for entry in names], 1).astype(kind)
-
+    _check_count(vertices.count, name)
+    rows = _ply_rows(file, vertices, name)
     with np.errstate(over="ignore", invalid="ignore"):
-        quaternions = columns(np.float32, "rot_0", "rot_1", "rot_2", "rot_3")
-        by_channel = [columns(np.float32, *(f"f_rest_{i}" for i in range(c * rest // 3, (c + 1) * rest // 3))) for c in range(3) if rest]
         return Points(
-            means=columns(np.float64, "x", "y", "z"),
-            scales=np.exp(columns(np.float32, "scale_0", "scale_1", "scale_2")),
-            quaternions=_unit(quaternions),
-            colors=0.5 + np.float32(SH_C0) * columns(np.float32, "f_dc_0", "f_dc_1", "f_dc_2"),
-            opacities=1 / (1 + np.exp(-columns(np.float32, "opacity")[:, 0])),
-            harmonics=np.stack(by_channel, 2) if rest else np.zeros((count, 0, 3), np.float32),
+            means=_columns(rows, "x", "y", "z").astype(np.float64),
+            scales=np.exp(_columns(rows, "scale_0", "scale_1", "scale_2")),
+            quaternions=_unit(_columns(rows, "rot_0", "rot_1", "rot_2", "rot_3")),
+            colors=0.5 + np.float32(SH_C0) * _columns(rows, "f_dc_0", "f_dc_1", "f_dc_2"),
+            opacities=1 / (1 + np.exp(-_columns(rows, "opacity")[:, 0])),
+            harmonics=_by_basis(_columns(rows, *(f"f_rest_{i}" for i in range(rest)))),
             z_up=z_up,
         )
 
 
-def _ply_header(file: IO[bytes], name: str) -> tuple[int, np.dtype, bool]:
-    """The number of vertices, their record, and whether the file says that Z is up. Leaves the file at the first record."""
-    kind, count, fields, element, z_up = "", None, {}, "", False
+def _read_packed(file: IO[bytes], elements: dict[str, _Element], name: str) -> Points:
+    """SuperSplat's compressed PLY (PlayCanvas): 16 bytes a splat. All numbers are shares of ranges that CHUNK splats have in common; the
+    quaternion's largest component is left out, with two bits that name it among w, x, y, z; harmonics are bytes, -4 to 4."""
+    vertices, chunks, harmonics = elements["vertex"], elements["chunk"], elements.get("sh")
+    colored = "min_r" in (chunks.layout.names or ())  # older files have no ranges of colour
+    ranged = ("x", "y", "z", "scale_x", "scale_y", "scale_z", *("r", "g", "b") * colored)
+    rest_names = (harmonics.layout.names or ()) if harmonics else ()
+    rest = tuple(f"f_rest_{i}" for i in range(len(rest_names)))
+    if (
+        any(f"{end}_{one}" not in (chunks.layout.names or ()) for one in ranged for end in ("min", "max"))
+        or any(vertices.layout[one] != np.dtype("<u4") for one in PACKED)
+        or chunks.count != -(-vertices.count // CHUNK)
+        or (harmonics and (len(rest) not in (9, 24, 45) or set(rest) != set(rest_names) or harmonics.count != vertices.count))
+    ):
+        raise bad(f"{name} is a compressed PLY of a kind that Kiln cannot read.", "Export it as plain PLY or as SPZ.")
+    _check_count(vertices.count, name)
+    ranges = _ply_rows(file, chunks, name)
+    rows = _ply_rows(file, vertices, name)
+    chunk = np.arange(vertices.count) // CHUNK
+
+    def spread(shares: np.ndarray, *names: str) -> np.ndarray:
+        low, high = (_columns(ranges, *(f"{end}_{one}" for one in names)) for end in ("min", "max"))
+        return low[chunk] + shares * (high - low)[chunk]
+
+    with np.errstate(over="ignore", invalid="ignore"):
+        colors = _shares(rows["packed_color"], 8, 8, 8, 8)
+        largest = rows["packed_rotation"] >> 30
+        others = (_shares(rows["packed_rotation"], 2, 10, 10, 10)[:, 1:] - 0.5) * np.float32(2**0.5)
+        quaternions = np.empty((vertices.count, 4), np.float32)
+        quaternions[np.arange(4) != largest[:, None]] = others.ravel()
+        quaternions[np.arange(4) == largest[:, None]] = np.sqrt(np.maximum(1 - (others**2).sum(1), 0))
+        bands = _columns(_ply_rows(file, harmonics, name), *rest) if harmonics else np.zeros((vertices.count, 0), np.float32)
+        return Points(
+            means=spread(_shares(rows["packed_position"], 11, 10, 11), "x", "y", "z").astype(np.float64),
+            scales=np.exp(spread(_shares(rows["packed_scale"], 11, 10, 11), "scale_x", "scale_y", "scale_z")),
+            quaternions=_unit(quaternions),
+            colors=spread(colors[:, :3], "r", "g", "b") if colored else colors[:, :3],
+            opacities=np.clip(colors[:, 3], 0.5 / 255, 254.5 / 255),  # 0 and 255 were rounded: their logits would be infinite
+            harmonics=_by_basis(np.select([bands == 0, bands == 255], [-4, 4], (bands + 0.5) / 32 - 4).astype(np.float32)),
+            z_up=False,
+        )
+
+
+def _shares(packed: np.ndarray, *bits: int) -> np.ndarray:
+    """(N, fields) of 32-bit numbers that hold fields of so many bits, highest first, each as a share of its greatest value."""
+    shifts = 32 - np.cumsum(bits)
+    return np.stack([(packed >> shift & 2**width - 1) / (2**width - 1) for shift, width in zip(shifts, bits, strict=True)], 1, dtype="f4")
+
+
+def _columns(rows: np.ndarray, *names: str) -> np.ndarray:
+    return np.stack([rows[entry].astype(np.float32) for entry in names], 1) if names else np.zeros((len(rows), 0), np.float32)
+
+
+def _by_basis(rest: np.ndarray) -> np.ndarray:
+    """(N, bases, 3) of f_rest values, which files keep channel by channel."""
+    return np.ascontiguousarray(rest.reshape(len(rest), 3, rest.shape[1] // 3).transpose(0, 2, 1))
+
+
+def _ply_rows(file: IO[bytes], element: _Element, name: str) -> np.ndarray:
+    left = (file.seek(0, os.SEEK_END) - element.start) // max(element.layout.itemsize, 1)
+    if left < element.count:
+        what = "splats" if element.name == "vertex" else f"rows of {element.name!r}"
+        raise bad(f"{name} ends after {max(left, 0):,} of {element.count:,} {what}.", "Copy it again.")
+    file.seek(element.start)
+    return np.fromfile(file, element.layout, element.count)
+
+
+def _ply_header(file: IO[bytes], name: str) -> tuple[dict[str, _Element], bool]:
+    """The elements up to the first one with lists in it, behind which nothing can be found without reading it; and whether the file says
+    that Z is up."""
+    kind, found, z_up = "", [], False
     for _ in range(1000):
         line = file.readline(1000).decode("ascii", "replace").strip()
         words = line.split()
@@ -191,21 +262,29 @@ def _ply_header(file: IO[bytes], name: str) -> tuple[int, np.dtype, bool]:
         if words[:1] == ["format"]:
             kind = words[1] if len(words) > 1 else ""
         elif words[:1] == ["element"]:
-            if len(words) != 3 or not words[2].isdigit() or (count is None and words[1] != "vertex"):
-                hint = "Export it in the layout of 3D Gaussian Splatting, not compressed."
-                raise bad(f"{name} does not begin with vertices.", hint)
-            element = words[1] if count is None else "what follows the splats"
-            count = int(words[2]) if count is None else count
-        elif words[:1] == ["property"] and element == "vertex":
-            if len(words) != 3 or words[1] not in PLY_TYPES or words[2] in fields:
+            if len(words) != 3 or not words[2].isdigit() or len(words[2]) > 15 or words[1] in [one[0] for one in found]:
+                raise bad(f"{name}: its header has the element {' '.join(words[1:])!r}.", "Export it again.")
+            found.append((words[1], int(words[2]), {}))
+        elif words[:1] == ["property"] and found:
+            here, _, fields = found[-1]
+            if words[1:2] == ["list"] and here != "vertex":
+                fields["list"] = None
+            elif len(words) != 3 or words[1] not in PLY_TYPES or words[2] in fields:
                 hint = "Export it in the layout of 3D Gaussian Splatting."
                 raise bad(f"{name}: its header has the property {' '.join(words[1:])!r}.", hint)
-            fields[words[2]] = PLY_TYPES[words[1]]
+            else:
+                fields[words[2]] = PLY_TYPES[words[1]]
     else:
         raise bad(f"{name} is not a PLY file: its header has no end.", "Copy or export it again.")
     if kind != "binary_little_endian":
         raise bad(f"{name} is {kind or 'of no stated format'}; Kiln reads binary_little_endian PLY.", "Export it as binary PLY.")
-    return count or 0, np.dtype(list(fields.items())), z_up
+    elements, start = {}, file.tell()
+    for what, count, fields in found:
+        if None in fields.values():
+            break
+        elements[what] = _Element(what, count, np.dtype(list(fields.items())), start)
+        start += count * elements[what].layout.itemsize
+    return elements, z_up
 
 
 def write_ply(path: str | os.PathLike, points: Points) -> None:
