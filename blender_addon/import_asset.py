@@ -6,8 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import bpy
 import numpy as np
 from mathutils import Matrix, Quaternion
 
-from . import splat_files, splat_nodes
+from . import import_motion, scratch, splat_files, splat_nodes
 from .protocol.errors import KilnError
 
 CLEANED = ("objects", "meshes", "materials", "images", "collections", "node_groups", "actions", "armatures", "cameras", "lights", "scenes")
@@ -34,10 +33,14 @@ class Imported:
     collection: bpy.types.Collection
     mesh_object: bpy.types.Object
     splats_object: bpy.types.Object | None
+    armature_object: bpy.types.Object | None = None
 
 
-def import_asset(context: bpy.types.Context, folder: Path, source: dict, provenance: dict) -> Imported:
-    """Bring `mesh.glb` and, where they are there, `splats.ply` and `preview.png` from `folder` into the scene of `source`.
+def import_asset(
+    context: bpy.types.Context, folder: Path, source: dict, provenance: dict, motion: import_motion.How | None = None
+) -> Imported:
+    """Bring `mesh.glb` and, where they are there, `splats.ply` and `preview.png` from `folder` into the scene of `source`; of the recipe
+    `animate` its motion too, as `motion` says.
 
     source: as from capture.Capture.finish(), perhaps stored in between; a job from elsewhere has none of its places, and comes in at the
     origin. provenance: what the asset should tell of its making (recipe, parameters, job, kiln).
@@ -47,6 +50,10 @@ def import_asset(context: bpy.types.Context, folder: Path, source: dict, provena
     title = source.get("title") or "Kiln asset"
     if not (folder / "mesh.glb").is_file():
         raise KilnError("import-failed", f"The result of {title} has no mesh.glb.", "Run the job again.")
+    motion = motion or import_motion.How()
+    moves = provenance.get("recipe") == "animate"
+    if moves and not (folder / import_motion.FILES[motion.way]).is_file():
+        raise KilnError("import-failed", f"The result of {title} has no {import_motion.FILES[motion.way]}.", "Run the job again.")
     scene = bpy.data.scenes.get(source.get("scene", "")) or context.scene
     source = {"location": (0, 0, 0), "rotation": (1, 0, 0, 0), "unit_scale": scene.unit_settings.scale_length, **source}
     before = {name: set(getattr(bpy.data, name)) for name in CLEANED}
@@ -54,11 +61,14 @@ def import_asset(context: bpy.types.Context, folder: Path, source: dict, provena
         collection = bpy.data.collections.new(f"{title} (Kiln)")
         _beside(scene, source).children.link(collection)
         mesh_object = _mesh(context, folder / "mesh.glb", source, collection)
-        splats_object = None
+        splats_object = armature_object = None
         if (folder / "splats.ply").is_file():
             splats_object = _splats(folder / "splats.ply", source, collection)
         _mark(context, collection, folder, source, provenance)
         show(collection, "mesh")
+        if moves:  # last, as it may write a file
+            frame = _own_frame_from_metres(source)
+            armature_object = import_motion.animate(context, mesh_object, folder, frame, motion, scene, collection)
     except Exception as error:  # a file from another machine, read by Blender's importer: it may fail in any way
         for name, known in before.items():
             for made in set(getattr(bpy.data, name)) - known:
@@ -66,7 +76,7 @@ def import_asset(context: bpy.types.Context, folder: Path, source: dict, provena
         reason = str(error).removeprefix("Error: ").strip()
         raise KilnError("import-failed", f"The result of {title} cannot be imported: {reason}", "Run the job again.") from error
     _undo_step(context, f"Kiln: import {title}")
-    return Imported(collection, mesh_object, splats_object)
+    return Imported(collection, mesh_object, splats_object, armature_object)
 
 
 def import_splats(context: bpy.types.Context, path: str | os.PathLike, select: bool = False) -> bpy.types.Object:
@@ -133,17 +143,17 @@ def _beside(scene: bpy.types.Scene, source: dict) -> bpy.types.Collection:
 
 def _mesh(context: bpy.types.Context, path: Path, source: dict, collection: bpy.types.Collection) -> bpy.types.Object:
     title = collection.name
-    with _scratch_scene(context) as scratch:
+    with scratch.scene(context) as empty:
         wanted = dict(import_pack_images=True, merge_vertices=False, import_select_created_objects=False)
         known = bpy.ops.import_scene.gltf.get_rna_type().properties.keys()
         bpy.ops.import_scene.gltf(filepath=str(path), **{key: value for key, value in wanted.items() if key in known})
-        scratch.view_layers[0].update()
-        made = list(scratch.collection.all_objects)
+        empty.view_layers[0].update()
+        made = list(empty.collection.all_objects)
         meshes = [thing for thing in made if thing.type == "MESH"]
         if len(meshes) != 1:
             raise ValueError(f"mesh.glb holds {len(meshes)} meshes")
         thing = meshes[0]
-        thing.select_set(False, view_layer=scratch.view_layers[0])  # Blender 4.2 selects what it imports
+        thing.select_set(False, view_layer=empty.view_layers[0])  # Blender 4.2 selects what it imports
         placed = np.array(thing.matrix_world, np.float64)
         for holder in list(thing.users_collection):
             holder.objects.unlink(thing)
@@ -184,26 +194,6 @@ def _role(texture: bpy.types.Node) -> str:
     if "Base Color" in fed:  # its alpha is in the same image
         fed.discard("Alpha")
     return " ".join(role for socket, role in ROLES.items() if socket in fed) or "texture"
-
-
-@contextmanager
-def _scratch_scene(context: bpy.types.Context) -> Iterator[bpy.types.Scene]:
-    """A scene for the glTF importer to work in: it would change the user's mode, selection and active object, and apply the unit scale."""
-    scratch = bpy.data.scenes.new("Kiln import")
-    try:
-        with context.temp_override(
-            scene=scratch,
-            view_layer=scratch.view_layers[0],
-            collection=scratch.collection,
-            layer_collection=scratch.view_layers[0].layer_collection,
-            object=None,
-            active_object=None,
-            edit_object=None,
-            selected_objects=[],
-        ):
-            yield scratch
-    finally:
-        bpy.data.scenes.remove(scratch)
 
 
 # The splats
