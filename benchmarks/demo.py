@@ -1,8 +1,8 @@
 # environment: blender
 """The main job as an artist has it, without a window: an object in, the asset beside it; then what it is worth, in figures and pictures.
 
-Runs the real extension in bpy against a real backend. Leaves mesh.glb, splats.ply, scene.blend, report.json and contact_sheet.png in
---out.
+Runs the real extension in bpy against a real backend. Leaves the recipe's files, scene.blend, report.json and contact_sheet.png (of what
+moves strip.png) in --out.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ os.environ["BLENDER_USER_RESOURCES"] = str(SCRATCH / "user")  # before bpy is im
 sys.path.insert(0, str(ROOT))
 
 import bpy  # noqa: E402
+import numpy as np  # noqa: E402
 
 import build  # noqa: E402
+from benchmarks import demo_motion  # noqa: E402
 
 IMPORTERS = {
     ".glb": lambda path: bpy.ops.import_scene.gltf(filepath=path, disable_bone_shape=True),
@@ -44,6 +46,8 @@ def main() -> None:
     parser.add_argument("--preset", default="standard")
     parser.add_argument("--out", type=Path, default=ROOT / "demo" / "result")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a recipe parameter, such as fit.splats=5000")
+    parser.add_argument("--clip", help="of an animated file, for the recipe animate (default: the longest)")
+    parser.add_argument("--frames", type=int, default=demo_motion.MOST_FRAMES, help="at most, of a clip")
     parser.add_argument("--keep-views", type=Path, metavar="DIR", help="leave the views there, for bench fit")
     a = parser.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
@@ -51,28 +55,60 @@ def main() -> None:
     api, capture, recipes = extension()
     values = {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in a.set)}
     recipe = recipes.make(a.recipe, values, a.preset)
-    subjects = import_object(a.object) if a.object else [built_in_object()]
+    moves = recipe.INPUT == "motion"
+    made = demo_motion.built_in_object if moves else built_in_object
+    subjects = import_object(a.object) if a.object else [made()]
+    if moves and a.object:
+        demo_motion.choose_clip(a.clip, a.frames)
     bpy.context.view_layer.update()
     subject = capture.subject(bpy.context, objects=subjects)
 
     started = time.perf_counter()
     imported = api.run(a.recipe, subjects, a.preset, save_to=a.out, **values)
     total = time.perf_counter() - started
+    if moves:
+        finish_motion(a.out, capture, recipes, subjects, imported, total)
+    else:
+        finish(a, capture, recipe, subject, subjects, imported, total)
 
+
+def finish(a, capture, recipe, subject, subjects, imported, total: float) -> None:
     views = views_of(capture, subject, recipe.capture, SCRATCH / "views")
     if a.keep_views:
         shutil.copytree(SCRATCH / "views", a.keep_views, dirs_exist_ok=True)
     mesh = capture.subject(bpy.context, objects=[imported.mesh_object])
     views_of(capture, mesh, recipe.capture, SCRATCH / "imported", like=views)
     source = a.object if a.object and a.object.suffix == ".glb" else export_source(subjects, SCRATCH / "source.glb")
-    report = json.loads((a.out / "report.json").read_text(encoding="utf-8"))
+    keep(a.out, total)
+    given = ["--views", SCRATCH / "views", "--imported", SCRATCH / "imported"]
+    in_backend("benchmarks.contact_sheet", a.out.resolve(), "--source", source.resolve(), *given)
+
+
+def finish_motion(out: Path, capture, recipes, subjects, imported, total: float) -> None:
+    """What the imported animation is against the source, read back and seen frame by frame."""
+    report = keep(out, total)
+    frames, result = report["frames"], [imported.mesh_object]
+    true, true_faces = demo_motion.tracks(subjects, frames)
+    made, faces = demo_motion.tracks(result, frames)
+    np.savez(SCRATCH / "tracks.npz", true=true, true_faces=true_faces, made=made, faces=faces)
+    demo_motion.pictures(capture, recipes, subjects, result, frames, SCRATCH)
+    in_backend("benchmarks.motion_sheet", out.resolve(), "--scratch", SCRATCH)
+
+
+def keep(out: Path, total: float) -> dict:
+    """Adds the whole job's seconds to the report, and saves the scene."""
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     report["total_seconds"] = round(total, 2)
-    (a.out / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    (out / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     bpy.ops.file.pack_all()
-    bpy.ops.wm.save_as_mainfile(filepath=str((a.out / "scene.blend").resolve()), compress=True)
-    sheet = [os.environ["KILN_BACKEND_PYTHON"], "-m", "benchmarks.contact_sheet", str(a.out.resolve()), "--source", str(source.resolve())]
-    sheet += ["--views", str(SCRATCH / "views"), "--imported", str(SCRATCH / "imported")]
-    subprocess.run(sheet, check=True, stdout=sys.stdout, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    bpy.ops.wm.save_as_mainfile(filepath=str((out / "scene.blend").resolve()), compress=True)
+    return report
+
+
+def in_backend(module: str, *arguments) -> None:
+    """Runs a module in the backend's environment."""
+    command = [os.environ["KILN_BACKEND_PYTHON"], "-m", module, *map(str, arguments)]
+    subprocess.run(command, check=True, stdout=sys.stdout, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
 
 def blender_prints_to(path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import trimesh
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
@@ -17,6 +17,7 @@ from backend.views.cameras import look_at
 from protocol.errors import KilnError
 
 SAMPLES = 200_000  # surface points a mesh
+TRACKED = 5000  # points that are followed through time
 CAMERAS = 100  # around the mesh; what none of them sees counts as hidden
 PIXELS = 512
 CEILING = 100.0  # dB: infinity has no place in JSON, nor in a mean
@@ -53,7 +54,11 @@ def score(mesh_path: Path | str, source_path: Path | str) -> dict[str, float | i
     watertight: every edge between two faces once seam vertices are merged. bounds_error: largest difference of the bounding boxes over
     the diagonal.
     """
-    result, source = _load(mesh_path), _load(source_path)
+    return compare(_load(mesh_path), _load(source_path))
+
+
+def compare(result: trimesh.Trimesh, source: trimesh.Trimesh) -> dict[str, float | int | bool]:
+    """What `score` says of two meshes whose seam vertices are merged."""
     diagonal = float(np.linalg.norm(source.extents))
     of_source, source_hidden = _visible_points(source)
     of_result, hidden = _visible_points(result)
@@ -78,6 +83,28 @@ def score(mesh_path: Path | str, source_path: Path | str) -> dict[str, float | i
     }
 
 
+def tracking(
+    made: Float[np.ndarray, "t n 3"],
+    faces: Int[np.ndarray, "f 3"],
+    true: Float[np.ndarray, "t m 3"],
+    true_faces: Int[np.ndarray, "g 3"],
+    rest: int,
+) -> Float[np.ndarray, "t p"]:
+    """How far points of a moving mesh stray from the true ones: P points of the true surface, visible at moment `rest`, each tied there to
+    the nearest point of the made surface, then both followed. Distances in units of the true mesh's bounding-box diagonal at rest.
+    """
+    source = trimesh.Trimesh(true[rest], true_faces, process=False)
+    points, face, shares = _sampled(source, TRACKED)
+    visible = _seen(source, points)
+    face, shares = face[visible], shares[visible]
+    ours = trimesh.Trimesh(made[rest], faces, process=False)
+    places, own_face, own_shares = _sampled(ours, SAMPLES)
+    nearest = cKDTree(places).query(points[visible], workers=-1)[1]
+    followed = np.einsum("tpcx,pc->tpx", made[:, faces[own_face[nearest]]], own_shares[nearest])
+    truth = np.einsum("tpcx,pc->tpx", true[:, true_faces[face]], shares)
+    return np.linalg.norm(followed - truth, axis=-1) / float(np.linalg.norm(source.extents))
+
+
 def _load(path: Path | str) -> trimesh.Trimesh:
     try:
         mesh = trimesh.load(path, force="mesh", process=False)
@@ -94,19 +121,30 @@ def _visible_points(mesh: trimesh.Trimesh) -> tuple[Float[np.ndarray, "n 3"], fl
 
     The sampling is stratified: one random place in every 1 / SAMPLES of the area, from a fixed seed.
     """
+    points = _sampled(mesh, SAMPLES)[0]
+    seen = _seen(mesh, points)
+    return points[seen], 1 - float(seen.mean())
+
+
+def _sampled(mesh: trimesh.Trimesh, count: int) -> tuple[Float[np.ndarray, "n 3"], Int[np.ndarray, "n"], Float[np.ndarray, "n 3"]]:
+    """Points spread evenly over the area, one in every 1 / count of it, their faces and shares of the corners."""
     corners = np.asarray(mesh.vertices)[mesh.faces]
     area = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1)
     random = np.random.default_rng(0)
-    along = (np.arange(SAMPLES) + random.random(SAMPLES)) / SAMPLES * area.sum()
+    along = (np.arange(count) + random.random(count)) / count * area.sum()
     face = np.minimum(np.searchsorted(np.cumsum(area), along), len(area) - 1)
-    root, share = np.sqrt(random.random(SAMPLES))[:, None], random.random(SAMPLES)[:, None]
+    root, share = np.sqrt(random.random(count))[:, None], random.random(count)[:, None]
     a, b, c = corners[face, 0], corners[face, 1], corners[face, 2]
     points = a * (1 - root) + b * root * (1 - share) + c * root * share
+    return points, face, np.concatenate([1 - root, root * (1 - share), root * share], 1)
 
+
+def _seen(mesh: trimesh.Trimesh, points: Float[np.ndarray, "n 3"]) -> Bool[np.ndarray, "n"]:
+    """Which points of the surface some camera around the mesh sees."""
     centre, radius = mesh.bounds.mean(0), float(np.linalg.norm(mesh.extents)) / 2
     unit = Mesh(((mesh.vertices - centre) / radius).astype(np.float32), np.asarray(mesh.faces, np.int32))
     places = (points - centre) / radius
-    seen = np.zeros(SAMPLES, bool)
+    seen = np.zeros(len(points), bool)
     k = np.arange(CAMERAS) + 0.5
     height, turn = 1 - 2 * k / CAMERAS, np.pi * (1 + 5**0.5) * k  # the golden spiral
     ring = np.sqrt(1 - height**2)
@@ -119,4 +157,4 @@ def _visible_points(mesh: trimesh.Trimesh) -> tuple[Float[np.ndarray, "n 3"], fl
         screen, z = camera.project(places[still])
         column, row = np.clip(screen.astype(int), 0, PIXELS - 1).T
         seen[still] = z <= depth[row, column] + 8 / PIXELS  # two pixels' slack in depth on a slope of 60 degrees
-    return points[seen], 1 - float(seen.mean())
+    return seen

@@ -13,6 +13,7 @@ import os
 
 PIPELINES: dict[str, tuple[str, str]] = {
     "reconstruct": ("backend.pipelines.reconstruct", "reconstruct"),
+    "animate": ("backend.pipelines.animate", "animate"),
     "mesh_splats": ("backend.pipelines.mesh_splats", "mesh_splats"),
 }
 

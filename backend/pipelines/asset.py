@@ -97,7 +97,7 @@ def measure(mesh: TexturedMesh, splats: Splats, views: Views, progress: Progress
         "texels_seen": None if mesh.texels_seen is None else round(mesh.texels_seen, 4),
         **{name: round(float(np.mean(values)), 4) if views.holdout.any() and values else None for name, values in errors.items()},
     }
-    return Scores(figures, _sheet([row for row in rows.values() if row]), _preview(mesh))
+    return Scores(figures, _sheet([row for row in rows.values() if row]), preview(mesh))
 
 
 def _compare_maps(mesh: TexturedMesh, views: Views, index: int) -> tuple[dict[str, float], dict[str, Float[np.ndarray, "h w 3"]]]:
@@ -120,7 +120,7 @@ def _compare_maps(mesh: TexturedMesh, views: Views, index: int) -> tuple[dict[st
     return errors, pictures
 
 
-def _preview(mesh: TexturedMesh) -> UInt8[np.ndarray, "h w 4"]:
+def preview(mesh: TexturedMesh) -> UInt8[np.ndarray, "h w 4"]:
     """For asset browsers and lists."""
     field_of_view = math.radians(30)
     front = np.array([0.45, -0.8, 0.4]) / np.linalg.norm([0.45, -0.8, 0.4])
@@ -129,13 +129,13 @@ def _preview(mesh: TexturedMesh) -> UInt8[np.ndarray, "h w 4"]:
     camera = look_at(centre + front * radius / math.sin(field_of_view / 2), centre, 256, field_of_view)
     color, alpha = raster.render(mesh, camera)
     straight = color / np.maximum(alpha[..., None], 1e-3)
-    return _bytes(np.dstack([straight, alpha]))
+    return coded(np.dstack([straight, alpha]))
 
 
 def _sheet(rows: list[list[Float[np.ndarray, "h w 3"]]]) -> UInt8[np.ndarray, "h w 3"]:
     picture = np.concatenate([np.concatenate(row, 1) for row in rows], 0)
-    return _bytes(picture)
+    return coded(picture)
 
 
-def _bytes(picture: np.ndarray) -> np.ndarray:
+def coded(picture: np.ndarray) -> np.ndarray:
     return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)

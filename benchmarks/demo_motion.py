@@ -1,0 +1,118 @@
+"""The demo's part for subjects that move: one clip of a file on the timeline, the true surface frame by frame for scoring, and pictures of
+source and imported result from one camera."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import bpy
+import numpy as np
+
+MOST_FRAMES = 48
+SHOWN = 6  # frames of the strip
+SIZE = 320  # pixels of each
+
+
+def built_in_object() -> bpy.types.Object:
+    """A striped tentacle that curls: shape and colour made on the spot, two bends by a lattice of drivers on the frame."""
+    bpy.ops.mesh.primitive_cylinder_add(vertices=48, radius=0.12, depth=1.0, location=(0, 0, 0.5))
+    thing = bpy.context.object
+    thing.name = "Tentacle"
+    bpy.ops.object.mode_set(mode="EDIT")
+    bpy.ops.mesh.select_all(action="DESELECT")
+    bpy.ops.object.mode_set(mode="OBJECT")
+    remesh = thing.modifiers.new("Rings", "REMESH")
+    remesh.mode, remesh.voxel_size = "VOXEL", 0.03
+    taper = thing.modifiers.new("Taper", "SIMPLE_DEFORM")
+    taper.deform_method, taper.deform_axis, taper.factor = "TAPER", "Z", -0.6
+    for name, axis, turns in (("Curl", "X", (-1.4, 1.2)), ("Sway", "Y", (0.5, -0.9))):
+        bend = thing.modifiers.new(name, "SIMPLE_DEFORM")
+        bend.deform_method, bend.deform_axis = "BEND", axis
+        for frame, angle in ((1, turns[0]), (12, turns[1]), (24, turns[0])):
+            bend.angle = angle
+            bend.keyframe_insert("angle", frame=frame)
+    bpy.context.scene.frame_start, bpy.context.scene.frame_end = 1, 24
+    material = bpy.data.materials.new("Stripes")
+    material.use_nodes = True
+    nodes, links = material.node_tree.nodes, material.node_tree.links
+    place, waves, ramp = (nodes.new(f"ShaderNode{kind}") for kind in ("TexCoord", "TexWave", "ValToRGB"))
+    waves.inputs["Scale"].default_value, waves.inputs["Distortion"].default_value = 4.0, 3.0
+    ramp.color_ramp.elements[0].color, ramp.color_ramp.elements[1].color = (0.55, 0.05, 0.12, 1), (0.95, 0.75, 0.5, 1)
+    links.new(place.outputs["Generated"], waves.inputs["Vector"])
+    links.new(waves.outputs["Color"], ramp.inputs["Fac"])
+    links.new(ramp.outputs["Color"], nodes["Principled BSDF"].inputs["Base Color"])
+    thing.data.materials.append(material)
+    return thing
+
+
+def choose_clip(name: str | None, most: int) -> None:
+    """Plays one clip of an imported file alone, the longest where none is named, and sets the scene's range to its first frames."""
+    owners = [*bpy.data.objects, *bpy.data.shape_keys]
+    tracks = [(owner, track) for owner in owners if owner.animation_data for track in owner.animation_data.nla_tracks]
+    lengths: dict[str, float] = {}
+    for _, track in tracks:
+        for strip in track.strips:
+            lengths[track.name] = max(lengths.get(track.name, 0), strip.frame_end - strip.frame_start)
+    if name is not None and name not in lengths:
+        sys.exit(f"There is no clip {name!r}. There are: {', '.join(sorted(lengths)) or 'none'}.")
+    if not lengths:
+        return  # an action that is simply active, or something else that moves: the scene's range stands
+    chosen = name or max(lengths, key=lambda one: lengths[one])
+    first = min(strip.frame_start for _, track in tracks if track.name == chosen for strip in track.strips)
+    for owner, track in tracks:
+        owner.animation_data.action = None
+        track.mute = track.name != chosen
+    scene = bpy.context.scene
+    scene.frame_start = round(first)
+    scene.frame_end = min(round(first + lengths[chosen]), scene.frame_start + most - 1)
+    scene.frame_set(scene.frame_start)
+
+
+def surface(things: list[bpy.types.Object]) -> tuple[np.ndarray, np.ndarray]:
+    """Evaluated vertices (n, 3) in world units and triangles of objects at the current frame."""
+    depsgraph = bpy.context.evaluated_depsgraph_get()
+    points, faces, count = [], [], 0
+    for thing in things:
+        evaluated = thing.evaluated_get(depsgraph)
+        mesh = evaluated.to_mesh()
+        mesh.calc_loop_triangles()
+        own = np.empty(3 * len(mesh.vertices), np.float32)
+        mesh.vertices.foreach_get("co", own)
+        corners = np.empty(3 * len(mesh.loop_triangles), np.int32)
+        mesh.loop_triangles.foreach_get("vertices", corners)
+        matrix = np.array(evaluated.matrix_world, np.float64)
+        points.append(own.reshape(-1, 3) @ matrix[:3, :3].T + matrix[:3, 3])
+        faces.append(corners.reshape(-1, 3) + count)
+        count += len(mesh.vertices)
+        evaluated.to_mesh_clear()
+    return np.concatenate(points).astype(np.float32), np.concatenate(faces)
+
+
+def tracks(things: list[bpy.types.Object], frames: list[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Vertices (t, n, 3) at each frame, in metres, and triangles. The scene's frame is left as it was."""
+    scene, found = bpy.context.scene, []
+    before = scene.frame_current
+    for frame in frames:
+        scene.frame_set(int(frame), subframe=frame % 1)
+        points, faces = surface(things)
+        found.append(points * scene.unit_settings.scale_length)
+    scene.frame_set(before)
+    return np.stack(found), faces
+
+
+def pictures(capture, recipes, source: list[bpy.types.Object], result: list[bpy.types.Object], frames: list[float], folder: Path) -> None:
+    """Source and result at some frames, as the extension captures both, from the same cameras: folder/source_N and folder/result_N."""
+    scene, first = bpy.context.scene, None
+    before = scene.frame_current
+    p = recipes.Capture(views=4, size=SIZE, holdout=0, geometry=False, materials=False)
+    for number, frame in enumerate(np.array(frames)[np.linspace(0, len(frames) - 1, min(SHOWN, len(frames))).round().astype(int)]):
+        scene.frame_set(int(frame), subframe=float(frame) % 1)
+        for name, things in (("source", source), ("result", result)):
+            work = capture.Capture(capture.subject(bpy.context, objects=things), p, folder / f"{name}_{number}", like=first)
+            first = first or work
+            while work.step():
+                pass
+            work.finish()
+            work.close()
+    scene.frame_set(before)
