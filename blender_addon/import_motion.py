@@ -55,8 +55,9 @@ def animate(
     collection: gets the armature, and gives everything its name.
     Raises ValueError or OSError; then no file of ours stays, and the caller removes what is in Blender.
     """
-    glb = Glb(folder / FILES[how.way])
+    path = folder / FILES[how.way]
     try:
+        glb = Glb(path)
         moments = _moments(glb)
         into = to_own_frame @ Z_UP
         into, order = _same_vertices(thing.data, glb, into)
@@ -64,8 +65,10 @@ def animate(
             rig = _rig(glb, len(moments.names))
         else:
             vertices = _moving(glb, into, order, len(moments.names))
-    except (KeyError, IndexError, TypeError, AttributeError, struct.error) as error:
-        raise ValueError(f"{glb.path.name} is damaged ({error!r})") from error
+    except (KeyError, IndexError, TypeError, AttributeError, StopIteration, struct.error) as error:
+        raise ValueError(f"{path.name} is damaged: {error!r}.") from error
+    except ValueError as error:
+        raise ValueError(f"{path.name} is damaged: {error}.") from error
     at = moments.at(scene, how.start)
     loop = how.loop and len(at) > 1
     name, made = collection.name, None
@@ -91,18 +94,14 @@ class Glb:
 
     def __init__(self, path: Path):
         """Raises ValueError for what is no such file."""
-        self.path, data = path, path.read_bytes()
-        chunks, offset = {}, 12
+        data, chunks, offset = path.read_bytes(), {}, 12
         while offset + 8 <= len(data):
             length, kind = struct.unpack_from("<I4s", data, offset)
             chunks.setdefault(kind, data[offset + 8 : offset + 8 + length])
             offset += 8 + length
         if data[:4] != b"glTF" or struct.unpack_from("<I", data, 8)[0] != len(data) or b"JSON" not in chunks:
-            raise ValueError(f"{path.name} is damaged: no whole glTF file")
-        try:
-            self.json = json.loads(chunks[b"JSON"])
-        except ValueError as error:
-            raise ValueError(f"{path.name} is damaged: {error}") from error
+            raise ValueError("it is no whole glTF file")
+        self.json = json.loads(chunks[b"JSON"])
         self._binary = chunks.get(b"BIN\0", b"")
 
     def accessor(self, number: int) -> np.ndarray:
@@ -117,13 +116,13 @@ class Glb:
         if about.get("normalized"):
             values = np.maximum(values / np.iinfo(values.dtype).max, -1.0)
         if not np.isfinite(values).all():
-            raise ValueError(f"{self.path.name} is damaged: not all of its numbers are numbers")
+            raise ValueError("not all of its numbers are numbers")
         return values
 
     def _view(self, about: dict, kind: str, shape: tuple[int, int]) -> np.ndarray:
         view, size = self.json["bufferViews"][about["bufferView"]], np.dtype(kind).itemsize
         offset = view.get("byteOffset", 0) + about.get("byteOffset", 0)
-        return np.ndarray(shape, kind, self._binary, offset, (view.get("byteStride", size * shape[1]), size))  # TypeError: file too short
+        return np.ndarray(shape, kind, self._binary, offset, (view.get("byteStride", size * shape[1]), size))
 
     def primitive(self) -> dict:
         return self.json["meshes"][0]["primitives"][0]
@@ -158,7 +157,7 @@ def _moments(glb: Glb) -> Moments:
     extras = glb.json["animations"][0]["extras"]
     frames, rate = np.array(extras["frames"], np.float64), float(extras["fps"])
     if frames.ndim != 1 or not len(frames) or not np.isfinite(frames).all() or (np.diff(frames) <= 0).any() or not 0 < rate < 1e6:
-        raise ValueError(f"{glb.path.name} is damaged: its moments are in no order")
+        raise ValueError("its moments are in no order")
     return Moments((frames - frames[0]) / rate, frames[0], [f"frame {frame:.10g}" for frame in frames])
 
 
@@ -174,7 +173,7 @@ def _same_vertices(mesh: bpy.types.Mesh, glb: Glb, into: np.ndarray) -> tuple[np
     primitive = glb.primitive()
     used = np.unique(glb.accessor(primitive["indices"])[:, 0])
     placed = glb.accessor(primitive["attributes"]["POSITION"])[used] @ into[:3, :3].T
-    strangers = ValueError(f"{glb.path.name} does not hold the mesh of mesh.glb")
+    strangers = ValueError("it does not hold the mesh of mesh.glb")
     if not len(rest) or not len(placed):
         raise strangers
     offset = (rest.min(0) + rest.max(0) - placed.min(0) - placed.max(0)) / 2
@@ -201,7 +200,7 @@ def _moving(glb: Glb, into: np.ndarray, order: np.ndarray, count: int) -> np.nda
     base, targets = glb.accessor(primitive["attributes"]["POSITION"])[order], primitive["targets"]
     weights = next(values for (_, path), values in glb.channels().items() if path == "weights").reshape(-1)
     if len(targets) != count or not np.array_equal(weights, np.eye(count).reshape(-1)):
-        raise ValueError(f"{glb.path.name} does not hold one morph target for each moment")
+        raise ValueError("it does not hold one morph target for each moment")
     vertices = np.empty((count, len(order), 3), np.float32)
     for moment, target in enumerate(targets):
         if "POSITION" in target:
@@ -233,7 +232,7 @@ def _rig(glb: Glb, count: int) -> Rig:
     scale_joints = {about["scales"]: place for place, about in enumerate(extras) if "scales" in about}
     bones = [place for place, about in enumerate(extras) if "scales" not in about]
     if bones != list(range(len(bones))):
-        raise ValueError(f"{glb.path.name} is damaged: scale joints stand between its bones")
+        raise ValueError("scale joints stand between its bones")
     bone_of = np.array([about.get("scales", place) for place, about in enumerate(extras)])
     above = {child: parent for parent, node in enumerate(nodes) for child in node.get("children", ())}
 
@@ -242,7 +241,7 @@ def _rig(glb: Glb, count: int) -> Rig:
         if moving is None:
             return np.tile(np.array(nodes[node].get(path, default), np.float64), (count, 1))
         if moving.shape != (count, len(default)):
-            raise ValueError(f"{glb.path.name} is damaged: an animation has not one value for each moment")
+            raise ValueError("an animation has not one value for each moment")
         return moving.astype(np.float64)
 
     back = glb.accessor(skin["inverseBindMatrices"]).astype(np.float64).reshape(-1, 4, 4).transpose(0, 2, 1)[bones]
@@ -252,7 +251,7 @@ def _rig(glb: Glb, count: int) -> Rig:
         local = _matrices(values(node, "rotation", [0, 0, 0, 1]), values(node, "translation", [0, 0, 0]))
         parent = joints.index(above[node]) if above.get(node) in joints else -1
         if parent >= place:
-            raise ValueError(f"{glb.path.name} is damaged: a bone stands before its parent")
+            raise ValueError("a bone stands before its parent")
         stiff.append(stiff[parent] @ local if parent >= 0 else local)
         parents.append(parent)
         moved.append(stiff[-1].copy())
@@ -463,7 +462,7 @@ def _bones(context: bpy.types.Context, armature: bpy.types.Object, rig: Rig, int
         armature.select_set(False, view_layer=layer)
         scene.collection.objects.unlink(armature)
     if [bone.name for bone in armature.data.bones] != rig.names:
-        raise ValueError("armature.glb has bones of the same name, or of no length")
+        raise ValueError("armature.glb is damaged: it has bones of the same name, or of no length.")
 
 
 def _weigh(thing: bpy.types.Object, rig: Rig, order: np.ndarray) -> None:
