@@ -129,12 +129,20 @@ def day_text(moment: float) -> str:
 # Parts
 
 
-def draw_advice(layout, context, things) -> None:
-    """Why splats that are shown would not look as they are, if so."""
-    if any(splat_nodes.is_splats(thing) and not (thing.hide_viewport and thing.hide_render) for thing in things):
-        advice = splat_nodes.advice(context.scene)
-        if advice:
-            draw_text(layout, context, advice, "INFO")
+def draw_advice(layout, context, things) -> bool:
+    """Why splats that are shown would not look as they are, if so; whether there was something to say."""
+    shown = any(splat_nodes.is_splats(thing) and not (thing.hide_viewport and thing.hide_render) for thing in things)
+    advice = splat_nodes.advice(context.scene) if shown else ""
+    if advice:
+        draw_text(layout, context, advice, "INFO")
+    return bool(advice)
+
+
+def draw_bounces(layout, scene) -> None:
+    """Cycles' settings that the advice is about, for the user to change."""
+    column = layout.column(align=True)
+    column.prop(scene.cycles, "transparent_max_bounces", text="Most")
+    column.prop(scene.cycles, "min_transparent_bounces", text="Least")
 
 
 def backend_words(backend: dict) -> str:
@@ -344,7 +352,8 @@ class KILN_PT_generate(KilnPanel, bpy.types.Panel):
         if active is not None and splat_nodes.is_splats(active):
             for note in active.get("kiln_notes", "").splitlines():
                 draw_text(box, context, note, "INFO")
-            draw_advice(box, context, [active])
+            if draw_advice(box, context, [active]):
+                draw_bounces(box, context.scene)
         return subject
 
 
@@ -420,8 +429,8 @@ class KILN_PT_jobs(KilnPanel, bpy.types.Panel):
                     show = row.operator("kiln.show", text=what.capitalize())
                     show.job, show.what = data["id"], what
                 shown = [thing for collection in imported for thing in collection.objects if splat_nodes.is_splats(thing)]
-                if context.view_layer.objects.active not in shown:  # else it stands above
-                    draw_advice(box, context, shown)
+                if context.view_layer.objects.active not in shown and draw_advice(box, context, shown):  # else it stands above
+                    draw_bounces(box, context.scene)
             mesh = next((thing for collection in imported for thing in collection.objects if rebake.is_result(thing)), None)
             if mesh:
                 row = box.row(align=True)

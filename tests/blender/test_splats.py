@@ -448,12 +448,31 @@ def test_f12_shows_what_depends_on_the_direction_of_view(tmp_path, engine, degre
         bpy.data.objects.remove(thing)
 
 
-def test_too_few_transparent_bounces_are_said_and_left_to_the_user():
+def test_bounces_that_darken_splats_or_make_them_grainy_are_said_and_left_to_the_user():
     scene = bpy.context.scene
-    scene.render.engine, scene.cycles.transparent_max_bounces = "CYCLES", 8
-    assert "8 transparent bounces" in splat_nodes.advice(scene) and scene.cycles.transparent_max_bounces == 8
+    scene.render.engine, scene.cycles.transparent_max_bounces, scene.cycles.min_transparent_bounces = "CYCLES", 8, 0
+    assert "8 transparent bounces darken" in splat_nodes.advice(scene) and scene.cycles.transparent_max_bounces == 8
     scene.cycles.transparent_max_bounces = 32
+    assert "grainy" in splat_nodes.advice(scene) and scene.cycles.min_transparent_bounces == 0
+    scene.cycles.min_transparent_bounces = 32
     assert splat_nodes.advice(scene) == ""
+    scene.render.engine, scene.cycles.transparent_max_bounces = EEVEE, 8
+    assert splat_nodes.advice(scene) == ""
+
+
+def test_with_enough_transparent_bounces_cycles_shows_even_splats_without_grain(tmp_path):
+    """Each line of sight then ends where it would by the splats' own opacity, not by chance."""
+    points = some(3000)
+    points.means[:] *= (1, 1, 0.1)
+    points.colors[:] = 0.6
+    added(points)
+    scene = bpy.context.scene
+    scene.cycles.transparent_max_bounces, grain = 64, []
+    for least in (0, 64):
+        scene.cycles.min_transparent_bounces = least
+        seen = picture(tmp_path / "a.png", 1)
+        grain.append(seen[..., :3][seen[..., 3] > 0.99].std())
+    assert grain[1] < 0.01 < grain[0]
 
 
 def test_matrices_and_quaternions_are_blenders():
