@@ -19,12 +19,12 @@ from pathlib import Path
 
 import bpy
 
-from . import capture, export, properties, rebake, session
+from . import capture, export, import_motion, properties, rebake, session
 from .import_asset import Imported
 from .protocol import recipes
 from .protocol.errors import KilnError
 
-__all__ = ["Imported", "KilnError", "mesh_splats", "reconstruct", "run"]
+__all__ = ["Imported", "KilnError", "animate", "mesh_splats", "reconstruct", "run"]
 
 
 def reconstruct(source, preset: str = "standard", save_to: str | Path | None = None, **parameters) -> Imported:
@@ -44,11 +44,43 @@ def mesh_splats(source, preset: str = "standard", save_to: str | Path | None = N
     return run("mesh_splats", source, preset, save_to, **parameters)
 
 
-def run(recipe: str, source, preset: str = "standard", save_to: str | Path | None = None, quads: int = 0, **parameters) -> Imported:
-    """Like `reconstruct`, for any recipe by its name. `quads`: about how many quads to remesh the result to; 0 leaves its triangles."""
+def animate(
+    source,
+    preset: str = "standard",
+    save_to: str | Path | None = None,
+    motion: str = "SHAPE_KEYS",
+    loop: bool = False,
+    start: int | None = None,
+    **parameters,
+) -> Imported:
+    """Captures objects that move as one subject over the scene's frame range, and imports a mesh with their motion beside them.
+
+    `motion`: "SHAPE_KEYS", "ARMATURE" or "CACHE" (a file beside the .blend). `loop`: let the end turn into the beginning, and repeat it.
+    `start`: the scene's frame of the first moment; None is where it was captured. The rest as of `reconstruct`.
+    """
+    return run("animate", source, preset, save_to, 0, motion, loop, start, **parameters)
+
+
+def run(
+    recipe: str,
+    source,
+    preset: str = "standard",
+    save_to: str | Path | None = None,
+    quads: int = 0,
+    motion: str = "SHAPE_KEYS",
+    loop: bool = False,
+    start: int | None = None,
+    **parameters,
+) -> Imported:
+    """Like `reconstruct`, for any recipe by its name. `quads`: about how many quads to remesh the result to; 0 leaves its triangles.
+    `motion`, `loop` and `start`: as of `animate`, where the result moves."""
     named = {properties.identifier(parameter.name): parameter.name for parameter in recipes.parameters(recipes.recipe_named(recipe))}
     values = {named.get(name, name): value for name, value in parameters.items()}
     made = recipes.make(recipe, values, preset)  # refuses what is unknown or out of range
+    if motion not in import_motion.FILES:
+        raise KilnError("bad-parameter", f"There is no motion {motion!r}.", f"Choose one of {', '.join(import_motion.FILES)}.")
+    if quads and made.INPUT == "motion":
+        raise KilnError("bad-parameter", "Quads of a result that moves would stand still.", "Leave quads out.")
     now = session.current
     if made.INPUT == "splats" and (isinstance(source, Path) or isinstance(source, str) and source.lower().endswith(export.SUFFIXES)):
         subject = export.subject(bpy.context, file=source)
@@ -62,6 +94,7 @@ def run(recipe: str, source, preset: str = "standard", save_to: str | Path | Non
     now.wait_for_results(job)
     if save_to is not None:
         shutil.copytree(job.results, save_to, dirs_exist_ok=True)
+    job.motion = import_motion.How(motion, loop, start)
     imported = now.import_results(bpy.context, job)
     if quads:
         with session.quiet():

@@ -1,6 +1,7 @@
 """Everything that a button, a script or a key can ask of Kiln: `bpy.ops.kiln.*`. In `blender -b` kiln.generate and kiln.import_job block,
 with progress on the terminal; with a window they return at once and the timer goes on."""
 
+import dataclasses
 from pathlib import Path
 
 import bpy
@@ -124,7 +125,7 @@ class KILN_OT_generate(bpy.types.Operator):
 
     def submitted(self, context, job: session.Job) -> session.Job:
         settings = context.scene.kiln
-        job.quads = settings.quad_faces if settings.quads else 0
+        job.quads = settings.quad_faces if settings.quads and self.shoot.recipe.INPUT != "motion" else 0  # quads stand still
         return job
 
     def cancel(self, context):
@@ -202,9 +203,15 @@ class KILN_OT_import_job(JobOperator, bpy.types.Operator):
     bl_label = "Import"
     bl_options = {"REGISTER"}
 
+    # Of results that move; what is not given comes from the scene's settings, as in the panel.
+    __annotations__ = {name: made(options={"SKIP_SAVE"}) for name, made in properties.MOTION.items()}
+
     def act(self, context, job):
         if job.state != "done":
             raise KilnError("not-done", f"{job.data['title']} is not done.", "Import it when it is.")
+        named = {"motion": "way", "loop": "loop", "start": "start"}
+        given = {named[name]: getattr(self, name) for name in named if self.properties.is_property_set(name)}
+        job.motion = dataclasses.replace(properties.motion(context.scene.kiln), **given)
         if bpy.app.background:
             session.current.wait_for_results(job)
             session.current.import_results(context, job)

@@ -309,11 +309,12 @@ class KILN_PT_generate(KilnPanel, bpy.types.Panel):
             header.label(text="Advanced")
             if body:
                 draw_parameters(body, group, recipe, advanced=True)
-        row = column.row(align=True, heading="Quads")
-        row.prop(settings, "quads", text="")
-        part = row.row(align=True)
-        part.active = settings.quads
-        part.prop(settings, "quad_faces", text="")
+        if recipe.INPUT != "motion":
+            row = column.row(align=True, heading="Quads")
+            row.prop(settings, "quads", text="")
+            part = row.row(align=True)
+            part.active = settings.quads
+            part.prop(settings, "quad_faces", text="")
 
         if now.capture:
             done, total, title = now.capture
@@ -435,13 +436,16 @@ class KILN_PT_jobs(KilnPanel, bpy.types.Panel):
             if mesh:
                 row = box.row(align=True)
                 row.operator("kiln.retexture", text="Retexture…", icon="UV").result = mesh.name
-                quads = row.operator("kiln.remesh_quads", text="Quads", icon="MOD_REMESH")
-                quads.result, quads.faces = mesh.name, context.scene.kiln.quad_faces
+                if "kiln_motion" not in mesh:
+                    quads = row.operator("kiln.remesh_quads", text="Quads", icon="MOD_REMESH")
+                    quads.result, quads.faces = mesh.name, context.scene.kiln.quad_faces
         elif state == "failed":
             draw_error(box, context, KilnError.from_wire(data["error"] or {}), job=data["id"])
         else:
             draw_text(box, context, "Cancelled", "X")
         self.draw_log(box, context, job.log)
+        if state == "done" and data["recipe"] == "animate":
+            self.draw_motion(box, context.scene.kiln)
         row = box.row(align=True)
         if state in ("queued", "running", "cancelling"):
             row.enabled = state != "cancelling"
@@ -452,6 +456,18 @@ class KILN_PT_jobs(KilnPanel, bpy.types.Panel):
         else:
             row.operator("kiln.retry_job", icon="FILE_REFRESH").job = data["id"]
         row.operator("kiln.remove_job", icon="TRASH").job = data["id"]
+
+    @staticmethod
+    def draw_motion(box, settings):
+        """How the motion comes in: chosen anew for every import, nothing is computed again."""
+        column = box.column(align=True)
+        column.prop(settings, "motion", text="")
+        row = column.row(align=True)
+        row.prop(settings, "motion_loop", toggle=True)
+        row.prop(settings, "motion_own_start", text="", icon="TIME")
+        part = row.row(align=True)
+        part.active = settings.motion_own_start
+        part.prop(settings, "motion_start", text="Start")
 
     @staticmethod
     def draw_log(box, context, lines: list[str]):

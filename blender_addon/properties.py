@@ -1,10 +1,13 @@
 """Blender properties made from the recipes' definitions, and the job list's rows. A recipe's parameter `fit.iterations` is the property
 `fit_iterations` here, in `scene.kiln.reconstruct` and in `bpy.ops.kiln.generate`."""
 
+import dataclasses
+
 import bpy
 from bpy.props import BoolProperty, CollectionProperty, EnumProperty, FloatProperty, IntProperty, PointerProperty, StringProperty
 from bpy.types import PropertyGroup
 
+from . import import_motion
 from .protocol import recipes
 
 PRESET_HELP = {
@@ -67,11 +70,12 @@ def _group_class(recipe: type) -> type:
             update=lambda group, context: apply_preset(group, recipe, group.preset),
         )
     }
+    standard = recipes.values(recipes.make(recipe.NAME))  # what the untouched panel shows: a preset may differ from the parts' defaults
     for parameter in recipes.parameters(recipe):
         name = identifier(parameter.name)
         if name in annotations:
             raise ValueError(f"{recipe.__name__}: two parameters would share the property {name!r}")
-        annotations[name] = blender_property(parameter)
+        annotations[name] = blender_property(dataclasses.replace(parameter, default=standard[parameter.name]))
     return type(f"Kiln{recipe.__name__}", (PropertyGroup,), {"__annotations__": annotations, "__doc__": recipe.__doc__})
 
 
@@ -109,6 +113,23 @@ def preset_of(recipe: str, parameters: dict) -> str:
 GROUPS = {name: _group_class(recipe) for name, recipe in recipes.RECIPES.items()}
 
 
+# How a result's motion comes onto the timeline: properties of the scene and of the import operator.
+MOTION = {
+    "motion": lambda **more: EnumProperty(
+        name="Motion", description="How the result's motion comes onto the timeline", items=import_motion.WAYS, **more
+    ),
+    "loop": lambda **more: BoolProperty(
+        name="Loop", description="Let the end of the motion turn into its beginning, and repeat it before and after", **more
+    ),
+    "start": lambda **more: IntProperty(name="Start Frame", description="Frame of the scene for the first moment", default=1, **more),
+}
+
+
+def motion(settings: PropertyGroup) -> import_motion.How:
+    """How the scene's settings want motion on the timeline."""
+    return import_motion.How(settings.motion, settings.motion_loop, settings.motion_start if settings.motion_own_start else None)
+
+
 class KilnSettings(PropertyGroup):
     """What the next Generate in this scene will do; saved with the .blend file."""
 
@@ -141,6 +162,10 @@ class KilnSettings(PropertyGroup):
             description="Remesh each result to quads when it comes in (QuadriFlow), with maps baked anew. Blender waits meanwhile",
         ),
         "quad_faces": IntProperty(name="Faces", description="About how many quads", default=5000, min=50, max=500_000),
+        **{f"motion_{name}" if name != "motion" else name: made() for name, made in MOTION.items()},
+        "motion_own_start": BoolProperty(
+            name="Own Start Frame", description="Put the first moment at a frame of your choice, not at the one that it was captured at"
+        ),
         **{name: PointerProperty(type=group) for name, group in GROUPS.items()},
     }
 

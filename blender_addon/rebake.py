@@ -119,6 +119,8 @@ def remesh_quads(
     Raises KilnError("bad-target", "quads-failed" or "bake-failed"); then the result keeps its triangles.
     """
     _refuse_what_cannot_bake(context, result)
+    if "kiln_motion" in result:
+        raise KilnError("bad-target", f"{result.name} moves, and its quads would stand still.", "Remesh a result that stands still.")
     size = size or max((image.size[0] for image in _images(result)), default=1024)
     with _all_or_nothing():
         report(0.0, "Finding quads")

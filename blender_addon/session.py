@@ -26,7 +26,7 @@ from pathlib import Path
 import bpy
 import bpy.utils.previews
 
-from . import capture, environment, export, import_asset, preferences, properties
+from . import capture, environment, export, import_asset, import_motion, preferences, properties
 from .backend_link import Link, Where, tail
 from .protocol import VERSION, connection, estimates, recipes
 from .protocol.client import FINAL
@@ -52,6 +52,7 @@ class Job:
     inputs: dict = field(default_factory=dict)  # what the backend has not got yet
     views: Path | None = None  # the folder of those files, kept until they have arrived
     quads: int = 0  # faces to remesh the imported mesh to; 0 leaves its triangles
+    motion: import_motion.How | None = None  # how its motion is to come in; None: as the scene's settings say
     cached: bool = False  # a stage was found finished: the job's seconds are not those of the work
     log: list[str] = field(default_factory=list)  # the backend's last lines about it
 
@@ -240,8 +241,9 @@ class Session:
             "job": job.data["id"], "recipe": job.data["recipe"], "parameters": job.data["parameters"], "kiln": VERSION,
             "preset": properties.preset_of(job.data["recipe"], job.data["parameters"]),
         }  # fmt: skip
-        imported = import_asset.import_asset(context, job.results, job.data["source"], provenance)
-        job.wants_import = job.asked = False
+        motion = job.motion or properties.motion(context.scene.kiln)
+        imported = import_asset.import_asset(context, job.results, job.data["source"], provenance, motion)
+        job.wants_import, job.asked, job.motion = False, False, None
         shutil.rmtree(job.results, ignore_errors=True)  # the backend keeps them; the file has its own copy now
         job.results = None
         return imported

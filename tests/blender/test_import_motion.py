@@ -9,7 +9,8 @@ from pathlib import Path
 import bpy
 import numpy as np
 import pytest
-from bl_ext.kiln_test.kiln import import_asset, import_motion
+from bl_ext.kiln_test.kiln import api, import_asset, import_motion, session
+from bl_ext.kiln_test.kiln.protocol import recipes
 from bl_ext.kiln_test.kiln.protocol.errors import KilnError
 from mathutils import Euler, Matrix, Quaternion
 
@@ -549,3 +550,66 @@ def test_a_result_of_another_recipe_stands_still(tmp_path):
     folder = Strip().write(tmp_path)
     made = import_asset.import_asset(bpy.context, folder, NEAR, {**PROVENANCE, "recipe": "reconstruct"})
     assert made.mesh_object.data.shape_keys is None and made.armature_object is None and not len(bpy.data.actions)
+
+
+# What operators and scripts ask for
+
+
+@pytest.fixture
+def job(tmp_path, monkeypatch):
+    """A finished job whose results are here, in the list; no backend."""
+    now = session.current
+    monkeypatch.setattr(session.Session, "want_backend", lambda self: None)
+    monkeypatch.setattr(session.Session, "connect", lambda self: None)
+    monkeypatch.setattr(session.Session, "drain", lambda self: False)
+    data = {
+        "id": "job-1", "recipe": "animate", "parameters": recipes.values(recipes.make("animate")), "title": "Strip", "state": "done",
+        "source": NEAR, "created": 0.0, "finished": 0.0, "started": 0.0,
+    }  # fmt: skip
+    made = now.jobs["job-1"] = session.Job(data)
+    result = Strip()
+
+    def downloaded():
+        made.results = result.write(tmp_path / "downloaded")
+        return made, result
+
+    yield downloaded
+    now.jobs.pop("job-1", None)
+
+
+def last_imported():
+    """The mesh of the newest import."""
+    name = sorted(collection.name for collection in bpy.data.collections if collection.name.startswith("Strip (Kiln)"))[-1]
+    return next(thing for thing in bpy.data.collections[name].objects if thing.type == "MESH")
+
+
+def test_the_import_operator_takes_what_is_given_over_the_scenes_settings(job):
+    _, result = job()
+    size, truth, settings = result.diagonal(), result.truth(), bpy.context.scene.kiln
+    bpy.ops.kiln.import_job(job="job-1")
+    assert last_imported()["kiln_motion"] == "SHAPE_KEYS" and worst(last_imported(), FRAMES, truth) < EXACT * size
+    settings.motion, settings.motion_own_start, settings.motion_start = "ARMATURE", True, 101
+    job()
+    bpy.ops.kiln.import_job(job="job-1")
+    assert last_imported()["kiln_motion"] == "ARMATURE" and worst(last_imported(), [101 + i for i in range(9)], truth) < EXACT * size
+    job()
+    bpy.ops.kiln.import_job(job="job-1", motion="CACHE", start=-3, loop=True)
+    thing = last_imported()
+    assert thing["kiln_motion"] == "CACHE" and worst(thing, [-3, -2, 5], truth[[0, 1, 0]]) < EXACT * size
+    Path(bpy.path.abspath(thing["kiln_cache"])).unlink()
+
+
+def test_a_result_that_moves_is_not_made_quads(job):
+    job()
+    bpy.ops.kiln.import_job(job="job-1")
+    with pytest.raises(RuntimeError, match="stand still"):
+        bpy.ops.kiln.remesh_quads(result=last_imported().name)
+    with pytest.raises(KilnError, match="stand still"):
+        api.run("animate", last_imported(), quads=500)
+
+
+def test_scripts_hear_of_a_motion_that_there_is_not():
+    bpy.ops.mesh.primitive_cube_add()
+    with pytest.raises(KilnError, match="no motion 'BONES'") as failure:
+        api.animate("Cube", motion="BONES")
+    assert "SHAPE_KEYS, ARMATURE, CACHE" in failure.value.hint
