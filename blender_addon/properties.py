@@ -1,8 +1,6 @@
 """Blender properties made from the recipes' definitions, and the job list's rows. A recipe's parameter `fit.iterations` is the property
 `fit_iterations` here, in `scene.kiln.reconstruct` and in `bpy.ops.kiln.generate`."""
 
-import dataclasses
-
 import bpy
 from bpy.props import BoolProperty, CollectionProperty, EnumProperty, FloatProperty, IntProperty, PointerProperty, StringProperty
 from bpy.types import PropertyGroup
@@ -70,12 +68,11 @@ def _group_class(recipe: type) -> type:
             update=lambda group, context: apply_preset(group, recipe, group.preset),
         )
     }
-    standard = recipes.values(recipes.make(recipe.NAME))  # what the untouched panel shows: a preset may differ from the parts' defaults
     for parameter in recipes.parameters(recipe):
         name = identifier(parameter.name)
         if name in annotations:
             raise ValueError(f"{recipe.__name__}: two parameters would share the property {name!r}")
-        annotations[name] = blender_property(dataclasses.replace(parameter, default=standard[parameter.name]))
+        annotations[name] = blender_property(parameter)
     return type(f"Kiln{recipe.__name__}", (PropertyGroup,), {"__annotations__": annotations, "__doc__": recipe.__doc__})
 
 

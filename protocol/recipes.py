@@ -241,7 +241,8 @@ class FitMotion:
 
 @dataclass(frozen=True)
 class Armature:
-    """Bones and weights solved from the moving vertices (smooth skinning decomposition, Le and Deng 2012), at most four weights a vertex."""
+    """Bones and weights solved from the moving vertices (smooth skinning decomposition, Le and Deng 2012), at most four weights
+    a vertex."""
 
     bones: int = _number(24, 1, 128, "Bones, at most; fewer where these explain the motion.")
     scale: bool = _flag(True, "Bones may scale, so that stretching parts follow.")
@@ -307,7 +308,7 @@ class Animate:
             "capture.views": 6, "capture.size": 128, "fit.splats": 5000, "fit.iterations": 1000, "fit.nodes": 150,
             "surface.grid": 96, "surface.faces": 4000, "texture.size": 512,
         },
-        "standard": {"surface.grid": 160, "surface.faces": 10_000},
+        "standard": {},
         "high": {
             "capture.views": 12, "capture.cameras": 36, "capture.size": 512, "fit.splats": 30_000, "fit.iterations": 12_000,
             "fit.nodes": 600, "surface.grid": 256, "surface.faces": 30_000, "texture.size": 2048,
@@ -316,7 +317,7 @@ class Animate:
 
     capture: CaptureMotion = CaptureMotion()
     fit: FitMotion = FitMotion()
-    surface: Surface = Surface()
+    surface: Surface = Surface(grid=160, faces=10_000)
     texture: Texture = Texture()
     armature: Armature = Armature()
     seed: int = _number(0, 0, 2**31 - 1, "Start of every random draw: same seed, same device, same result.", advanced=True)
@@ -337,14 +338,15 @@ def parameters(recipe: Any) -> list[Parameter]:
     found = []
     for entry in dataclasses.fields(recipe):
         if dataclasses.is_dataclass(entry.default):
-            found += [_parameter(f"{entry.name}.{inner.name}", inner) for inner in dataclasses.fields(entry.default)]
+            for inner in dataclasses.fields(entry.default):  # a recipe may want another default than its part has
+                found.append(_parameter(f"{entry.name}.{inner.name}", inner, getattr(entry.default, inner.name)))
         else:
-            found.append(_parameter(entry.name, entry))
+            found.append(_parameter(entry.name, entry, entry.default))
     return found
 
 
-def _parameter(name: str, entry: dataclasses.Field) -> Parameter:
-    return Parameter(name=name, type=type(entry.default), default=entry.default, **entry.metadata)
+def _parameter(name: str, entry: dataclasses.Field, default: Any) -> Parameter:
+    return Parameter(name=name, type=type(default), default=default, **entry.metadata)
 
 
 def make(name: str, values: dict[str, Any] | None = None, preset: str = "standard"):
