@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from backend.mesh.measure import psnr, score
 from backend.splats import ply
@@ -21,6 +21,7 @@ from backend.views.views import Views, load
 
 PAPER = 0.22  # grey behind the subject
 COLUMNS = 6
+WIDEST = 320  # pixels of a picture on the sheet
 
 
 def main() -> None:
@@ -58,7 +59,12 @@ def main() -> None:
         report[f"{name}_psnr_white"] = round(float(np.mean(white[name])), 3)
     report |= map_errors(source.for_scoring, imported.for_scoring) | score(a.out / "mesh.glb", a.source)
     (a.out / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
-    sheet(list(rows.items())).save(a.out / "contact_sheet.png")
+    titles = {
+        "source": "Source, from cameras that no step had seen",
+        "splats": f"Splats, {report['splats_psnr']:.1f} dB",
+        "mesh": f"Imported mesh, {report['mesh_psnr']:.1f} dB, {report['faces']:,} faces",
+    }
+    sheet([(titles[name], row) for name, row in rows.items()]).save(a.out / "contact_sheet.png", optimize=True)
     print_report(report)
 
 
@@ -79,14 +85,17 @@ def map_errors(source: Views, imported: Views) -> dict[str, float]:
 def sheet(rows: list[tuple[str, list[np.ndarray]]]) -> Image.Image:
     """One labelled row for each entry."""
     height, width = rows[0][1][0].shape[:2]
-    picture = Image.new("RGB", (width * len(rows[0][1]), (height + 20) * len(rows)), (30, 30, 30))
+    height, width = round(height * min(1, WIDEST / width)), min(width, WIDEST)
+    band = max(20, width // 11)
+    picture = Image.new("RGB", (width * len(rows[0][1]), (height + band) * len(rows)), (30, 30, 30))
     draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(size=band * 0.55)
     for number, (name, row) in enumerate(rows):
-        top = number * (height + 20)
-        draw.text((6, top + 4), name, fill=(230, 230, 230))
+        top = number * (height + band)
+        draw.text((band / 3, top + band / 2), name, fill=(230, 230, 230), font=font, anchor="lm")
         for column, image in enumerate(row):
-            pixels = (np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
-            picture.paste(Image.fromarray(pixels), (column * width, top + 20))
+            pixels = Image.fromarray((np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8))
+            picture.paste(pixels.resize((width, height), Image.Resampling.LANCZOS), (column * width, top + band))
     return picture
 
 
