@@ -32,6 +32,7 @@ _BAD_CODES = ("bad-parameter", "bad-recipe", "bad-input", "bad-request", "no-job
 _ENDED = ("done", "failed", "cancelled")
 _INPUTS = {
     "views": "the views: a folder with transforms.json",
+    "motion": "the views of a moving subject: a folder with transforms.json",
     "splats": "the splats: a .ply or .spz file, or a folder with one",
 }
 
@@ -264,7 +265,7 @@ def gather(path: Path, kind: str) -> dict[str, Path]:
     folder = path.parent if path.is_file() else path
     if not folder.is_dir():
         raise KilnError("bad-input", f"There is no folder {path}.", "Give a folder of inputs.")
-    if kind != "views":
+    if kind not in ("views", "motion"):
         return {check_name(file.relative_to(folder).as_posix()): file for file in sorted(folder.rglob("*")) if file.is_file()}
     table = folder / "transforms.json"
     try:

@@ -36,7 +36,7 @@ from protocol.errors import KilnError
 MOST_ATTEMPTS = 3
 MOST_RESTARTS = 5  # of the backend in the middle of one job, other than by a request: more, and the job itself is what ends it
 MOST_QUEUED = 10_000
-MOST_INPUTS = 5_000
+MOST_INPUTS = 5_600
 CANCEL_SECONDS = 1.5  # from cancel to killing a worker whose step does not yield
 SILENCE_SECONDS = 60.0  # without a sign of life until a worker counts as hung
 TAKE_SECONDS = 5.0  # that another program, such as a virus scanner, may hold a result

@@ -18,9 +18,11 @@ import math
 import struct
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import groupby, takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import bpy
 import numpy as np
@@ -35,6 +37,7 @@ MARGIN = 1.02  # of the bounding sphere: pixel filters reach over the edge, and 
 LAYER = "Kiln"
 SURFACES = {"MESH", "CURVE", "SURFACE", "FONT", "META", "CURVES", "POINTCLOUD"}
 BACKGROUND_DEPTH = 1e9  # Cycles writes 1e10 where no surface is
+SEE_NOTHING = "Check its materials' transparency, and its visibility to cameras (Object properties > Visibility > Ray Visibility)."
 RENDER_HANDLERS = [name for name in dir(bpy.app.handlers) if name.startswith("render_")]
 
 
@@ -197,6 +200,8 @@ class _Evaluated:
     materials: set[int] = field(default_factory=set)  # session_uid
     bare: set[int] = field(default_factory=set)  # objects with a surface without material, session_uid
     places: dict[int, Matrix] = field(default_factory=dict)  # of objects that are not instances, by session_uid
+    instances: int = 0  # of the surfaces
+    shapes: list[np.ndarray] | None = None  # if asked for: all points of each geometry, box corners where it shows again; (n, 3) each
 
 
 class _Probe(bpy.types.RenderEngine):
@@ -205,20 +210,21 @@ class _Probe(bpy.types.RenderEngine):
     bl_idname = "KILN_PROBE"
     bl_label = "Kiln"
     outcome: _Evaluated | Exception | None = None
+    shapes = False
 
     def render(self, depsgraph: bpy.types.Depsgraph) -> None:
         try:
-            _Probe.outcome = _evaluated(depsgraph)
+            _Probe.outcome = _evaluated(depsgraph, _Probe.shapes)
         except Exception as error:  # Blender would print it and go on; _measure raises it again
             _Probe.outcome = error
 
 
-def _measure(scene: bpy.types.Scene) -> _Evaluated:
+def _measure(scene: bpy.types.Scene, shapes: bool = False) -> _Evaluated:
     bpy.utils.register_class(_Probe)
     before = scene.render.engine
     try:
         scene.render.engine = _Probe.bl_idname
-        _Probe.outcome = None
+        _Probe.outcome, _Probe.shapes = None, shapes
         bpy.ops.render.render(scene=scene.name)
     finally:
         scene.render.engine = before
@@ -228,8 +234,8 @@ def _measure(scene: bpy.types.Scene) -> _Evaluated:
     return _Probe.outcome
 
 
-def _evaluated(depsgraph: bpy.types.Depsgraph) -> _Evaluated:
-    found = _Evaluated()
+def _evaluated(depsgraph: bpy.types.Depsgraph, shapes: bool) -> _Evaluated:
+    found = _Evaluated(shapes=[] if shapes else None)
     cache: dict[int, np.ndarray] = {}  # extreme points of shared geometry, in its own frame, by its address
     kept = 0  # points
     for instance in depsgraph.object_instances:
@@ -242,18 +248,25 @@ def _evaluated(depsgraph: bpy.types.Depsgraph) -> _Evaluated:
             found.places[thing.original.session_uid] = instance.matrix_world.copy()
         if instance.show_self:
             key = thing.data.as_pointer()
-            if key not in cache:
+            known = key in cache
+            if not known:
                 points = _surface_points(thing)
                 cache[key] = points[_extremes(points @ matrix[:3, :3].T)]
             if len(cache[key]):
                 found.surfaces += 1
+                found.instances += instance.is_instance
                 found.points.append(cache[key] @ matrix[:3, :3].T + matrix[:3, 3])
+                if found.shapes is not None:
+                    shape = _box_corners(cache[key]) if known else points
+                    found.shapes.append((shape @ matrix[:3, :3].T + matrix[:3, 3]).astype(np.float32))
                 _note_materials(thing, found)
         if instance.show_particles:
             strands = _hair_points(thing)
             if len(strands):
                 found.surfaces += 1
                 found.points.append(strands)
+                if found.shapes is not None:
+                    found.shapes.append(strands.astype(np.float32))
                 _note_materials(thing, found)
         kept += sum(len(points) for points in found.points[before:])
         if kept > 50_000:  # forests have millions
@@ -279,6 +292,12 @@ def _surface_points(thing: bpy.types.Object) -> np.ndarray:
     finally:
         if not own:
             thing.to_mesh_clear()
+
+
+def _box_corners(points: np.ndarray) -> np.ndarray:
+    """The corners (8, 3) of the box along the axes around points (n, 3)."""
+    ends = np.stack([points.min(0), points.max(0)])
+    return np.stack([ends[[i & 1, i >> 1 & 1, i >> 2], [0, 1, 2]] for i in range(8)])
 
 
 def _hair_points(thing: bpy.types.Object) -> np.ndarray:
@@ -345,7 +364,7 @@ def bounding_sphere(points: np.ndarray) -> tuple[np.ndarray, float]:
 # The temporary scene
 
 # What a new scene must have from the user's, beside the objects, for these to evaluate as they render there.
-FROM_SCENE = ("gravity", "use_gravity")
+FROM_SCENE = ("gravity", "use_gravity", "frame_start", "frame_end")
 FROM_RENDER = (
     "fps", "fps_base", "hair_type", "hair_subdiv", "threads_mode", "threads",
     "use_simplify", "simplify_subdivision_render", "simplify_child_particles_render", "simplify_volumes",
@@ -622,12 +641,55 @@ def _render(scene: bpy.types.Scene, path: Path) -> None:
 # The capture itself
 
 
+@dataclass
+class Moment:
+    """The subject as it renders at one frame of the timeline. Blender units, world axes."""
+
+    evaluated: _Evaluated
+    moved: dict[int, Matrix]  # what simulation moves, by session_uid
+    pose: tuple
+    points: np.ndarray  # extreme points (n, 3), none where nothing of it renders
+
+    @property
+    def lowest(self) -> np.ndarray:
+        return self.points.min(0)
+
+    @property
+    def highest(self) -> np.ndarray:
+        return self.points.max(0)
+
+
+def look(subject: Subject, shapes: bool = False) -> Moment:
+    """Evaluates the subject as it renders now. `shapes`: keep all of its points."""
+    with _idle(), _stage(subject) as scene:
+        evaluated = _measure(scene, shapes)
+        pose = _pose(subject)
+    moved = _simulated_motion(subject, evaluated)
+    if moved:
+        with _stage(subject, moved) as scene:
+            evaluated = _measure(scene, shapes)
+    points = np.concatenate([np.empty((0, 3)), *evaluated.points])
+    evaluated.points.clear()
+    evaluated.places.clear()
+    return Moment(evaluated, moved, pose, points[_extremes(points)])
+
+
+class View(NamedTuple):
+    """One picture to take."""
+
+    moment: int
+    direction: np.ndarray  # unit vector (3,) from the subject to the camera
+    held_out: bool
+
+
 class Capture:
     """Renders a subject view by view. `step()` does a little and returns whether more is to do; `finish()` returns the outcome.
 
     Between steps nothing of the capture is in the file. `close()` may come at any time and removes a picture that was left half done.
 
     steps, done: renders altogether, and so far. cameras: camera-to-world 4x4 each, OpenGL axes, metres, the held-out ones last.
+
+    A still subject has one moment; capture_motion.MovingCapture has more, and says what differs: when they are, what its files are called.
     """
 
     def __init__(self, subject: Subject, p: recipes.Capture, folder: Path, seed: int = 0, like: "Capture | None" = None):
@@ -635,39 +697,42 @@ class Capture:
 
         Raises KilnError("bad-subject") where it has no faces or no size, "busy" while Blender renders.
         """
+        fitted = directions(p.views)
+        held_out = between(fitted, p.holdout, seed)
+        views = [View(0, direction, held_out=False) for direction in fitted] + [View(0, direction, held_out=True) for direction in held_out]
+        self._begin(subject, p, folder, views)
+        self._moments = [look(subject)]
+        if not len(self._moments[0].points):
+            raise self._nothing_renders()
+        self._place_cameras()
+        if like is not None:
+            self._centre, self._radius, self._views = like._centre, like._radius, like._views
+            self.cameras = [self._camera(view.direction) for view in self._views]
+        self._source = self._place()
+
+    def _begin(self, subject: Subject, p: recipes.Capture, folder: Path, views: list[View]) -> None:
+        """views: those of one moment follow one another."""
         self.subject, self.p, self.folder = subject, p, Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         if "cycles" not in bpy.context.preferences.addons:
             raise KilnError("capture-failed", "Cycles is turned off.", "Enable the add-on Cycles Render Engine in the preferences.")
-        with _idle(), _stage(subject) as scene:
-            self._evaluated = _measure(scene)
-            self._pose = _pose(subject)
-            self._unit = scene.unit_settings.scale_length
-        self._moved = _simulated_motion(subject, self._evaluated)
-        if self._moved:
-            with _stage(subject, self._moved) as scene:
-                self._evaluated = _measure(scene)
-        if not self._evaluated.surfaces:
-            raise KilnError(
-                "bad-subject",
-                f"{subject.title} has no faces, hair or instances that render.",
-                "Add some, or check the modifiers' and particles' visibility in renders.",
-            )
-        points = np.concatenate(self._evaluated.points)
-        points = points[_extremes(points)]
-        self._lowest, self._highest = points.min(0), points.max(0)
-        self._centre, self._radius = bounding_sphere(points)
+        self._unit = _scene(subject).unit_settings.scale_length
+        self._views, self._moments, self._shown, self.done = views, [], set(), 0
+        kinds = ["color", "data"] if p.geometry or _wants_materials(p) else ["color"]
+        runs = [list(numbers) for _, numbers in groupby(range(len(views)), lambda number: views[number].moment)]
+        self._tasks = [(kind, number) for numbers in runs for kind in kinds for number in numbers]
+
+    @property
+    def steps(self) -> int:
+        return len(self._tasks)
+
+    def _place_cameras(self) -> None:
+        """Around all that is seen at any moment."""
+        points = np.concatenate([moment.points for moment in self._moments])
+        self._centre, self._radius = bounding_sphere(points[_extremes(points)])
         if not np.isfinite(self._radius) or self._radius <= 1e-6 * max(1e-3, float(np.abs(self._centre).max())):
-            raise KilnError("bad-subject", f"{subject.title} has no size: all its points lie in one place.", "Check its scale.")
-        fitted = directions(p.views)
-        self._directions = np.concatenate([fitted, between(fitted, p.holdout, seed)])
-        if like is not None:
-            self._centre, self._radius, self._directions = like._centre, like._radius, like._directions
-        self.cameras = [self._camera(direction) for direction in self._directions]
-        self._tasks = [("color", view) for view in range(len(self._directions))]
-        if p.geometry or _wants_materials(p):
-            self._tasks += [("data", view) for view in range(len(self._directions))]
-        self.steps, self.done, self._seen = len(self._tasks), 0, False
+            raise KilnError("bad-subject", f"{self.subject.title} has no size: all its points lie in one place.", "Check its scale.")
+        self.cameras = [self._camera(view.direction) for view in self._views]
 
     def step(self) -> bool:
         """Render the next view, or the next few where preparing the scene takes long beside rendering it; True while views remain."""
@@ -680,44 +745,86 @@ class Capture:
         return self.done < self.steps
 
     def _step(self) -> None:
-        kind = self._tasks[self.done][0]
-        with _idle(), _stage(self.subject, self._moved) as scene:
-            if _pose(self.subject) != self._pose:
+        kind, first = self._tasks[self.done]
+        number = self._views[first].moment
+        moment = self._moments[number]
+        if kind == "data":
+            self._refuse_unseen(number)
+        run = takewhile(lambda task: task[0] == kind and self._views[task[1]].moment == number, self._tasks[self.done :])
+        seconds, started = [], time.perf_counter()
+        with _idle(), self._at(number), _stage(self.subject, moment.moved) as scene:
+            if not _same_pose(_pose(self.subject), moment.pose):
                 raise KilnError(
                     "subject-changed", f"{self.subject.title} moved while it was captured.", "Leave it until all views are there."
                 )
-            prepare = _colors(scene, self.subject, self.p, self._evaluated) if kind == "color" else _data(scene, self.p, self._evaluated)
+            colors = kind == "color"
+            prepare = _colors(scene, self.subject, self.p, moment.evaluated) if colors else _data(scene, self.p, moment.evaluated)
             with prepare:
-                seconds = []
-                while self.done < self.steps and self._tasks[self.done][0] == kind and not _worth_a_pause(seconds):
-                    started = time.perf_counter()
-                    self._view(scene, kind, self._tasks[self.done][1])
+                for _, view in run:
+                    self._render_view(scene, kind, view)
                     self.done += 1
                     seconds.append(time.perf_counter() - started)
+                    started += seconds[-1]
+                    if _worth_a_pause(seconds):
+                        break
 
     def finish(self) -> tuple[dict[str, Path], dict]:
         """Write transforms.json and return the job's inputs (every file by its name) and its source: a JSON map of what import_asset
         needs to place and name the result. Raises KilnError("bad-subject") if all views are empty."""
         if self.done < self.steps:
             raise RuntimeError("finish() comes after the last step()")
-        if not self._seen:
-            raise KilnError(
-                "bad-subject",
-                f"{self.subject.title} renders as nothing: every view is empty.",
-                "Check its materials' transparency, and its visibility to cameras (Object properties > Visibility > Ray Visibility).",
-            )
+        for number in range(len(self._moments)):
+            self._refuse_unseen(number)
         table = self._table()
         (self.folder / "transforms.json").write_text(json.dumps(table, indent=1), encoding="utf-8")
-        fingerprint, names = hashlib.sha256(), ["transforms.json"]
+        fingerprint, names = hashlib.sha256(), {"transforms.json": None}  # a set in order: several views may share a file
         for entry in table["frames"]:
-            names += [entry[key] for key in ("file_path", "geometry_file_path", "material_file_path") if key in entry]
+            names |= dict.fromkeys(entry[key] for key in ("file_path", "geometry_file_path", "material_file_path") if key in entry)
             fingerprint.update((self.folder / entry["file_path"]).read_bytes())
-        return {name: self.folder / name for name in names}, self._source(fingerprint.hexdigest())
+        return {name: self.folder / name for name in names}, {**self._source, "fingerprint": fingerprint.hexdigest()}
 
     def close(self) -> None:
         unfinished = self.folder / "view.exr"
         if unfinished.is_file():
             unfinished.unlink()
+
+    # What differs where there are several moments
+
+    def _at(self, number: int) -> AbstractContextManager[None]:
+        """The user's scene at a moment."""
+        return nullcontext()
+
+    def _file_name(self, kind: str, number: int) -> str:
+        return f"{kind}_{number:03}" + (".png" if kind == "color" else ".npz")
+
+    def _keep_passes(self, number: int, geometry: dict[str, np.ndarray], material: dict[str, np.ndarray]) -> None:
+        if geometry:
+            np.savez_compressed(self.folder / self._file_name("geometry", number), **geometry)
+        if material:
+            np.savez_compressed(self.folder / self._file_name("material", number), **material)
+
+    def _entry(self, number: int) -> dict:
+        """What transforms.json says of a view beside its camera."""
+        entry = {"file_path": self._file_name("color", number)}
+        if self.p.geometry:
+            entry["geometry_file_path"] = self._file_name("geometry", number)
+        if _wants_materials(self.p):
+            entry["material_file_path"] = self._file_name("material", number)
+        return entry
+
+    def _nothing_renders(self) -> KilnError:
+        return KilnError(
+            "bad-subject",
+            f"{self.subject.title} has no faces, hair or instances that render.",
+            "Add some, or check the modifiers' and particles' visibility in renders.",
+        )
+
+    def _refuse_unseen(self, number: int) -> None:
+        """Raises KilnError("bad-subject") if all pictures of a moment are empty."""
+        if number not in self._shown:
+            raise KilnError("bad-subject", f"{self.subject.title} renders as nothing: every view is empty.", SEE_NOTHING)
+
+    # What does not
 
     def _camera(self, direction: np.ndarray) -> np.ndarray:
         """Camera-to-world (4, 4) in metres, as Blender will hold it in single precision."""
@@ -730,57 +837,59 @@ class Capture:
     def _distance(self) -> float:
         return self._radius * MARGIN / math.sin(FIELD_OF_VIEW / 2)
 
-    def _view(self, scene: bpy.types.Scene, kind: str, view: int) -> None:
-        eye, direction = scene.camera, self._directions[view]
-        eye.location = Vector(self._centre + direction * self._distance)
-        eye.rotation_quaternion = _looking_inwards(direction)
+    def _render_view(self, scene: bpy.types.Scene, kind: str, number: int) -> None:
+        eye, view = scene.camera, self._views[number]
+        eye.location = Vector(self._centre + view.direction * self._distance)
+        eye.rotation_quaternion = _looking_inwards(view.direction)
         eye.data.sensor_fit = "HORIZONTAL"
         eye.data.angle = FIELD_OF_VIEW
         eye.data.clip_start = (self._distance - self._radius) * 0.5
         eye.data.clip_end = (self._distance + self._radius) * 2.0
         if kind == "color":
-            _render(scene, self.folder / _color_name(view))
-            _without_metadata(self.folder / _color_name(view))
-            self._seen = self._seen or _shows_something(self.folder / _color_name(view))
+            path = self.folder / self._file_name("color", number)
+            _render(scene, path)
+            _without_metadata(path)
+            if view.moment not in self._shown and _shows_something(path):
+                self._shown.add(view.moment)
             return
         _render(scene, self.folder / "view.exr")
         channels = exr.read(self.folder / "view.exr")
+        (self.folder / "view.exr").unlink()
         depth = channels[f"{LAYER}.Depth.Z"]
         there = (depth > 0) & (depth < BACKGROUND_DEPTH)
+        geometry, material = {}, {}
         if self.p.geometry:
             normal = np.stack([channels[f"{LAYER}.Normal.{axis}"] for axis in "XYZ"], -1)
             normal /= np.maximum(np.linalg.norm(normal, axis=-1, keepdims=True), 1e-6)
-            np.savez_compressed(
-                self.folder / _geometry_name(view),
-                depth=np.where(there, depth * self._unit, 0).astype(np.float32),
-                normal=np.where(there[..., None], normal, 0).astype(np.float16),
-            )
+            geometry = {
+                "depth": np.where(there, depth * self._unit, 0).astype(np.float32),
+                "normal": np.where(there[..., None], normal, 0).astype(np.float16),
+            }
         if _wants_materials(self.p):
-            np.savez_compressed(self.folder / _material_name(view), **material_passes.read(channels, LAYER, there))
-        (self.folder / "view.exr").unlink()
+            material = material_passes.read(channels, LAYER, there)
+        self._keep_passes(number, geometry, material)
 
     def _table(self) -> dict:
         size = self.p.size
         focal = size / 2 / math.tan(FIELD_OF_VIEW / 2)
-        frames = []
-        for view, matrix in enumerate(self.cameras):
-            entry = {"file_path": _color_name(view)}
-            if self.p.geometry:
-                entry["geometry_file_path"] = _geometry_name(view)
-            if _wants_materials(self.p):
-                entry["material_file_path"] = _material_name(view)
-            entry["split"] = "train" if view < self.p.views else "holdout"
-            entry["transform_matrix"] = matrix.tolist()
-            frames.append(entry)
+        frames = [
+            {
+                **self._entry(number),
+                "split": "holdout" if view.held_out else "train",
+                "transform_matrix": matrix.tolist(),
+            }
+            for number, (view, matrix) in enumerate(zip(self._views, self.cameras, strict=True))
+        ]
         return {"w": size, "h": size, "fl_x": focal, "fl_y": focal, "cx": size / 2, "cy": size / 2, "frames": frames}
 
-    def _source(self, fingerprint: str) -> dict:
-        scene = _scene(self.subject)
+    def _place(self) -> dict:
+        """The source but for its fingerprint, as of now, which is the first moment."""
+        scene, moment = _scene(self.subject), self._moments[0]
         first = _things(self.subject)[0]
         if self.subject.kind == "object":
             location, rotation, _ = first.matrix_world.decompose()
         else:
-            location = Vector(((self._lowest + self._highest) / 2)[:2].tolist() + [float(self._lowest[2])])
+            location = Vector(((moment.lowest + moment.highest) / 2)[:2].tolist() + [float(moment.lowest[2])])
             rotation = Quaternion()
         return {
             "title": self.subject.title,
@@ -791,9 +900,8 @@ class Capture:
             "location": list(location),  # Blender units
             "rotation": list(rotation),  # quaternion, w first
             "unit_scale": self._unit,  # metres in a Blender unit
-            "dimensions": (self._highest - self._lowest).tolist(),  # Blender units, world axes
+            "dimensions": (moment.highest - moment.lowest).tolist(),  # Blender units, world axes
             "frame": scene.frame_current,
-            "fingerprint": fingerprint,  # sha256 over the colour pictures
             "blender": bpy.app.version_string,
         }
 
@@ -811,17 +919,23 @@ def capture(subject: Subject, p: recipes.Capture, folder: Path, seed: int = 0, r
 
 
 def _simulated_motion(subject: Subject, evaluated: _Evaluated) -> dict[int, Matrix]:
-    """From where rigid bodies are without their simulation, which belongs to the user's scene, to where they are in that scene."""
+    """From where rigid bodies and their children are without the simulation, which belongs to the user's scene, to where they are in that
+    scene."""
     motions = {}
+    if _scene(subject).rigidbody_world is None:
+        return motions
     for thing in _things(subject):
-        begun = evaluated.places.get(thing.session_uid)
-        if thing.rigid_body is not None and begun is not None and begun != thing.matrix_world:
+        begun, above = evaluated.places.get(thing.session_uid), thing
+        while above is not None and above.rigid_body is None:
+            above = above.parent
+        if above is not None and begun is not None and begun != thing.matrix_world:
             motions[thing.session_uid] = thing.matrix_world @ begun.inverted_safe()
     return motions
 
 
 def _worth_a_pause(seconds: list[float]) -> bool:
-    """Whether a step may end after views that took so long: once what the first cost beyond the others is at most half of the whole."""
+    """Whether a step may end after views that took so long, the first with preparing the scene: once what it cost beyond the others is at
+    most half of the whole."""
     return len(seconds) > 1 and sum(seconds) > 0.2 and sum(seconds[1:]) >= seconds[0] - min(seconds[1:])
 
 
@@ -833,20 +947,13 @@ def _idle() -> Iterator[None]:
     yield
 
 
-def _pose(subject: Subject) -> tuple:
-    """What must stay the same from view to view: the frame, and where the objects are."""
+def _pose(subject: Subject) -> tuple[int, float, np.ndarray]:
+    """What must stay the same from view to view: the frame, and where the objects are, (n, 4, 4)."""
     scene = _scene(subject)
-    places = [tuple(value for row in thing.matrix_world for value in row) for thing in _things(subject)]
-    return scene.frame_current, scene.frame_subframe, tuple(places)
+    places = np.array([thing.matrix_world for thing in _things(subject)], np.float32)
+    return scene.frame_current, scene.frame_subframe, places
 
 
-def _color_name(view: int) -> str:
-    return f"color_{view:03}.png"
-
-
-def _geometry_name(view: int) -> str:
-    return f"geometry_{view:03}.npz"
-
-
-def _material_name(view: int) -> str:
-    return f"material_{view:03}.npz"
+def _same_pose(one: tuple, other: tuple) -> bool:
+    # A simulation's cache gives places back within single precision.
+    return one[:2] == other[:2] and one[2].shape == other[2].shape and np.allclose(one[2], other[2], rtol=1e-5, atol=1e-6)

@@ -9,25 +9,27 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
+from numpy.typing import ArrayLike
 from PIL import Image
 from scipy.ndimage import binary_dilation
 
 from backend.progress import Progress, silent
 from protocol.errors import KilnError
+from protocol.views import MOST_PIXELS, MOST_VIEWS
 
 from .cameras import OPENCV_FROM_OPENGL, Camera
 
 LARGEST_SIDE = 8192  # pixels
 DISTORTION = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2")  # of lenses, as COLMAP and nerfstudio write it
 PINHOLES = ("PINHOLE", "SIMPLE_PINHOLE", "OPENCV")  # OPENCV without distortion is one too
-MOST_VIEWS = 500
 BRIGHTEST = 10_000.0  # of emission: what float16 holds, and some to spare
-MOST_PIXELS = 500_000_000  # over all views: about 14 GB with depth, normals and material
+MOST_LAYERS = 250  # views in one .npz file: the most that a recipe takes of a moment
 HULL_GRID, HULL_PIXELS = 32, 64  # cells along each side, and pixels across a silhouette, to see whether the views fit together
 HULL_VOTES = 0.9  # share of the views whose silhouettes must hold a cell of the hull
 EXPLAINED = 0.9  # of a silhouette, by the hull, on average: 1 where views agree, 0.3 to 0.95 where half of them show something else
@@ -101,41 +103,59 @@ class Views:
         return self.images * self.alpha[..., None]
 
 
+class Entry(NamedTuple):
+    """What `transforms.json` says of one view."""
+
+    where: str  # the view in words
+    values: dict
+
+    @property
+    def held_out(self) -> bool:
+        return self.values.get("split", "train") != "train"
+
+
 def load(folder: Path, progress: Progress = silent) -> Views:
     """The views of `folder/transforms.json`, held-out ones last, or `KilnError("bad-input")` that names the file and what is wrong."""
-    table = _read_table(folder)
-    numbered = [(f"View {number} ({frame.get('file_path', 'no file_path')})", frame) for number, frame in enumerate(table["frames"])]
-    numbered.sort(key=lambda one: one[1].get("split", "train") != "train")  # then parts of the arrays need no copy (`Views.subset`)
-    names, frames = [name for name, _ in numbered], [frame for _, frame in numbered]
-    holdout = np.array([frame.get("split", "train") != "train" for frame in frames], bool)
-    if (~holdout).sum() < 3:
+    table, entries = read_table(folder)
+    entries.sort(key=lambda entry: entry.held_out)  # then parts of the arrays need no copy (`Views.subset`)
+    if sum(not entry.held_out for entry in entries) < 3:
         raise KilnError(
-            "bad-input", f"{len(frames)} views are too few.", "Give at least 3 views from different sides, 16 or more for a good result."
+            "bad-input", f"{len(entries)} views are too few.", "Give at least 3 views from different sides, 16 or more for a good result."
         )
-    width, height = _size(folder, frames[0], names[0])
-    if width * height * len(frames) > MOST_PIXELS:
+    views = in_unit_frame(read(folder, table, entries, progress))
+    fitted = views.for_fitting
+    check_silhouettes(fitted.cameras, fitted.alpha)
+    return views
+
+
+def read(folder: Path, table: dict, entries: list[Entry], progress: Progress = silent) -> Views:
+    """The views of these entries in their order, in the world's frame: metres. Raises as `load` does."""
+    holdout = np.array([entry.held_out for entry in entries], bool)
+    width, height = _size(folder, entries[0])
+    if width * height * len(entries) > MOST_PIXELS:
         raise KilnError(
             "bad-input",
-            f"{len(frames)} views of {width} x {height} pixels are too much to hold in memory.",
+            f"{len(entries)} views of {width} x {height} pixels are too much to hold in memory.",
             f"At most {MOST_PIXELS // 1_000_000} million pixels over all views: give fewer or smaller ones.",
         )
-    has_geometry = all("geometry_file_path" in frame for frame in frames)
-    images, alpha = np.empty((len(frames), height, width, 3), np.float32), np.empty((len(frames), height, width), np.float32)
+    has_geometry = all("geometry_file_path" in entry.values for entry in entries)
+    shape = (len(entries), height, width)
+    images, alpha = np.empty((*shape, 3), np.float32), np.empty(shape, np.float32)
     depth, normals = (np.empty_like(alpha), np.empty(images.shape, np.float16)) if has_geometry else (None, None)
-    has_material = all("material_file_path" in frame for frame in frames)
+    has_material = all("material_file_path" in entry.values for entry in entries)
     material, emission = np.empty(images.shape, np.uint8) if has_material else None, None
-    cameras = []
-    for number, (frame, where) in enumerate(zip(frames, names, strict=True)):
-        progress(number / len(frames), f"view {number + 1} of {len(frames)}")
-        if _size(folder, frame, where) != (width, height):
-            raise KilnError("bad-input", f"{where} has another size than view 0.", "Render all views at one size.")
-        images[number], alpha[number] = _read_image(folder, frame, where)
-        cameras.append(_camera({**table, **frame}, width, height, where))
+    cameras, files = [], _Arrays(folder, (height, width))
+    for number, entry in enumerate(entries):
+        progress(number / len(entries), f"view {number + 1} of {len(entries)}")
+        if _size(folder, entry) != (width, height):
+            raise KilnError("bad-input", f"{entry.where} has another size than view 0.", "Render all views at one size.")
+        images[number], alpha[number] = _read_image(folder, entry)
+        cameras.append(_camera({**table, **entry.values}, width, height, entry.where))
         if depth is not None and normals is not None:
-            depth[number], normals[number] = _read_geometry(folder, frame, (height, width), where)
+            depth[number], normals[number] = _geometry(files, entry)
         if material is not None:
-            material[number], light = _read_material(folder, frame, (height, width), where)
-            if light is not None:
+            material[number], light = _material(files, entry)
+            if light is not None and light.any():
                 emission = np.zeros(images.shape, np.float16) if emission is None else emission
                 emission[number] = light
     if max(float(one.mean()) for one in alpha) < 1e-5:
@@ -146,19 +166,24 @@ def load(folder: Path, progress: Progress = silent) -> Views:
             "The pictures have no alpha: nothing tells the subject from the background.",
             "Save RGBA PNGs with a transparent background (in Blender: Render > Film > Transparent), or cut the subject out first.",
         )
-    unit = _unit_frame(cameras)
-    if depth is not None:
-        depth *= np.float32(unit.scale)
-    moved = [camera.moved(unit.centre, unit.scale) for camera in cameras]
-    _check_silhouettes([camera for camera, kept in zip(moved, holdout, strict=True) if not kept], alpha[: int((~holdout).sum())])
-    return Views(moved, images, alpha, depth, normals, holdout, unit, material, emission)
+    return Views(cameras, images, alpha, depth, normals, holdout, Frame(np.zeros(3), 1.0), material, emission)
 
 
-def _check_silhouettes(cameras: list[Camera], alpha: Float[np.ndarray, "v h w"]) -> None:
+def in_unit_frame(views: Views) -> Views:
+    """The views of `read` moved and scaled so that what all cameras see together is the unit sphere. Their depth is scaled in place."""
+    unit = _unit_frame(views.cameras)
+    if views.depth is not None:
+        np.multiply(views.depth, np.float32(unit.scale), out=views.depth)
+    return replace(views, cameras=[camera.moved(unit.centre, unit.scale) for camera in views.cameras], frame=unit)
+
+
+def check_silhouettes(
+    cameras: list[Camera], alpha: Float[np.ndarray, "v h w"], low: ArrayLike = -1.0, high: ArrayLike = 1.0, when: str = ""
+) -> None:
     """Refuses views that cannot show one subject: the visual hull of their silhouettes (Laurentini 1994), coarse and with slack, leaves
-    much of the silhouettes empty."""
-    axis = (np.arange(HULL_GRID) + 0.5) / HULL_GRID * 2 - 1
-    cells = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
+    much of the silhouettes empty. The hull is looked for between the corners `low` and `high`, (3,), in the unit frame."""
+    axis = (np.arange(HULL_GRID) + 0.5) / HULL_GRID
+    cells = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3) * np.subtract(high, low) + np.asarray(low)
     inside, seen = np.zeros(len(cells), np.int32), np.zeros(len(cells), np.int32)
     looks = []
     for camera, cover in zip(cameras, alpha, strict=True):
@@ -184,12 +209,13 @@ def _check_silhouettes(cameras: list[Camera], alpha: Float[np.ndarray, "v h w"])
             explained.append((countable & binary_dilation(filled, np.ones((3, 3)))).sum() / countable.sum())
     if explained and float(np.mean(explained)) < EXPLAINED:
         raise KilnError(
-            "bad-input", "The views do not show one subject: their silhouettes do not fit together.",
+            "bad-input", f"The views{when} do not show one subject: their silhouettes do not fit together.",
             "Check that each picture has its own camera, and that alpha shows the same subject in all of them.",
         )  # fmt: skip
 
 
-def _read_table(folder: Path) -> dict:
+def read_table(folder: Path, most: int = MOST_VIEWS) -> tuple[dict, list[Entry]]:
+    """`transforms.json`, and its entries in its order."""
     path = folder / "transforms.json"
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
@@ -201,9 +227,11 @@ def _read_table(folder: Path) -> dict:
         raise KilnError("bad-input", f"transforms.json is not valid JSON: {error}.", "Write the file again.") from None
     if not isinstance(table, dict) or not isinstance(table.get("frames"), list) or not all(isinstance(f, dict) for f in table["frames"]):
         raise KilnError("bad-input", "transforms.json has no list of frames.", "It needs a 'frames' list with one entry a view.")
-    if len(table["frames"]) > MOST_VIEWS:
-        raise KilnError("bad-input", f"{len(table['frames'])} views are too many.", f"At most {MOST_VIEWS}.")
-    return table
+    if len(table["frames"]) > most:
+        raise KilnError("bad-input", f"{len(table['frames'])} views are too many.", f"At most {most}.")
+    return table, [
+        Entry(f"View {number} ({frame.get('file_path', 'no file_path')})", frame) for number, frame in enumerate(table["frames"])
+    ]
 
 
 def _inside(folder: Path, name: object, where: str) -> Path:
@@ -213,15 +241,16 @@ def _inside(folder: Path, name: object, where: str) -> Path:
     return path
 
 
-def _picture(folder: Path, frame: dict, where: str) -> Path:
-    path = _inside(folder, frame.get("file_path", ""), where)
+def _picture(folder: Path, entry: Entry) -> Path:
+    path = _inside(folder, entry.values.get("file_path", ""), entry.where)
     return path if path.suffix else path.with_suffix(".png")  # the original NeRF scenes leave it out
 
 
-def _size(folder: Path, frame: dict, where: str) -> tuple[int, int]:
+def _size(folder: Path, entry: Entry) -> tuple[int, int]:
     """Width and height, from the file's header alone."""
+    where = entry.where
     try:
-        with Image.open(_picture(folder, frame, where)) as picture:
+        with Image.open(_picture(folder, entry)) as picture:
             width, height = picture.size
     except Image.DecompressionBombError:  # Pillow's limit comes before ours: 180 million pixels
         raise KilnError("bad-input", f"{where} is larger than any view can be.", f"At most {LARGEST_SIDE} pixels a side.") from None
@@ -232,49 +261,71 @@ def _size(folder: Path, frame: dict, where: str) -> tuple[int, int]:
     return width, height
 
 
-def _read_image(folder: Path, frame: dict, where: str) -> tuple[np.ndarray, np.ndarray]:
+def _read_image(folder: Path, entry: Entry) -> tuple[np.ndarray, np.ndarray]:
     try:
-        with Image.open(_picture(folder, frame, where)) as picture:
+        with Image.open(_picture(folder, entry)) as picture:
             pixels = np.asarray(picture.convert("RGBA"), np.float32)
     except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise KilnError("bad-input", f"{where} cannot be read: {error}.", "Save it again as PNG.") from None
+        raise KilnError("bad-input", f"{entry.where} cannot be read: {error}.", "Save it again as PNG.") from None
     pixels /= np.float32(255)
     return pixels[..., :3], pixels[..., 3]
 
 
-def _read_geometry(folder: Path, frame: dict, shape: tuple[int, int], where: str) -> tuple[np.ndarray, np.ndarray]:
-    arrays = _read_arrays(
-        _inside(folder, frame["geometry_file_path"], where), ("depth", "normal"), shape, f"{where}: its depth and normals"
-    )
+class _Arrays:
+    """The .npz files of a folder of views. One that holds several views is read once if they follow one another."""
+
+    def __init__(self, folder: Path, shape: tuple[int, int]):
+        self.folder, self.shape = folder, shape
+        self._path: Path | None = None
+        self._arrays: dict[str, np.ndarray] = {}
+
+    def of(self, entry: Entry, key: str, names: tuple[str, ...], what: str) -> dict[str, np.ndarray]:
+        """The arrays of the file that the entry has under `key`, among them `names`: this view's alone."""
+        path, layer = _inside(self.folder, entry.values[key], entry.where), entry.values.get("layer")
+        if path != self._path or layer is None:
+            layers = 1 if layer is None else MOST_LAYERS
+            self._arrays = _read_arrays(path, layers * self.shape[0] * self.shape[1], f"{entry.where}: its {what}")
+            self._path = path
+        missing = [name for name in names if name not in self._arrays]
+        if missing:
+            raise KilnError("bad-input", f"{entry.where}: its {what} cannot be read: no {missing[0]} in it.", "Capture the views again.")
+        if layer is None:
+            return self._arrays
+        if not isinstance(layer, int) or not all(array.ndim > 2 and 0 <= layer < len(array) for array in self._arrays.values()):
+            raise KilnError("bad-input", f"{entry.where}: its {what} have no layer {layer!r:.20}.", "Capture the views again.")
+        return {name: array[layer] for name, array in self._arrays.items()}
+
+
+def _geometry(files: _Arrays, entry: Entry) -> tuple[np.ndarray, np.ndarray]:
+    arrays = files.of(entry, "geometry_file_path", ("depth", "normal"), "depth and normals")
     depth, normal = arrays["depth"], arrays["normal"]
-    wrong = depth.shape != shape or normal.shape != (*shape, 3) or {depth.dtype.kind, normal.dtype.kind} != {"f"}
+    wrong = depth.shape != files.shape or normal.shape != (*files.shape, 3) or {depth.dtype.kind, normal.dtype.kind} != {"f"}
     if wrong or not np.isfinite(depth).all() or float(depth.min()) < 0 or not float(np.abs(normal).max()) < 2:
-        raise KilnError("bad-input", f"{where}: its depth or normals have a wrong shape or values.", "Capture the views again.")
+        raise KilnError("bad-input", f"{entry.where}: its depth or normals have a wrong shape or values.", "Capture the views again.")
     return depth, normal
 
 
-def _read_material(folder: Path, frame: dict, shape: tuple[int, int], where: str) -> tuple[np.ndarray, np.ndarray | None]:
-    arrays = _read_arrays(_inside(folder, frame["material_file_path"], where), ("material",), shape, f"{where}: its material")
+def _material(files: _Arrays, entry: Entry) -> tuple[np.ndarray, np.ndarray | None]:
+    arrays = files.of(entry, "material_file_path", ("material",), "material")
     material, emission = arrays["material"], arrays.get("emission")
-    wrong = material.shape != (*shape, 3) or material.dtype != np.uint8
+    wrong = material.shape != (*files.shape, 3) or material.dtype != np.uint8
     if emission is not None:
-        wrong = wrong or emission.shape != (*shape, 3) or emission.dtype.kind != "f"
+        wrong = wrong or emission.shape != (*files.shape, 3) or emission.dtype.kind != "f"
         wrong = wrong or not (float(emission.min()) >= 0 and float(emission.max()) <= BRIGHTEST)  # neither is true of what is no number
     if wrong:
-        raise KilnError("bad-input", f"{where}: its material has a wrong shape or values.", "Capture the views again.")
+        raise KilnError("bad-input", f"{entry.where}: its material has a wrong shape or values.", "Capture the views again.")
     return material, emission
 
 
-def _read_arrays(path: Path, names: tuple[str, ...], shape: tuple[int, int], what: str) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file, among them `names`."""
-    largest = 3 * 8 * shape[0] * shape[1] + 4096  # bytes of three doubles a pixel and a header: what unpacks to more is no picture
+def _read_arrays(path: Path, pixels: int, what: str) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file that shows at most so many pixels."""
+    largest = 3 * 8 * pixels + 4096  # bytes of three doubles a pixel and a header: what unpacks to more is no picture
     try:
         with zipfile.ZipFile(path) as packed:
             if any(entry.file_size > largest for entry in packed.infolist()):
                 raise ValueError("its arrays are larger than the picture")
         with np.load(path, allow_pickle=False) as packed:
-            arrays = {name: packed[name] for name in packed.files}
-        return {**arrays, **{name: arrays[name] for name in names}}
+            return {name: packed[name] for name in packed.files}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise KilnError("bad-input", f"{what} cannot be read: {error}.", "Capture the views again.") from None
 

@@ -1171,9 +1171,11 @@ def test_thousands_of_instances_are_measured_in_little_memory(tmp_path):
     bpy.context.scene.collection.objects.link(ground)
     ball = add("uv_sphere", radius=0.4)
     ball.parent, ground.instance_type = ground, "VERTS"
-    work = capture.Capture(capture.subject(bpy.context, objects=[ground]), QUICK, tmp_path)
-    assert sum(len(points) for points in work._evaluated.points) < 60_000
-    assert np.allclose(work._highest - work._lowest, (99.8, 19.8, 0.8), atol=0.01)
+    subject = capture.subject(bpy.context, objects=[ground])
+    with capture._stage(subject) as scene:
+        found = capture._measure(scene)
+    assert found.surfaces == 2000 and sum(len(points) for points in found.points) < 60_000
+    assert np.allclose(capture.Capture(subject, QUICK, tmp_path)._source["dimensions"], (99.8, 19.8, 0.8), atol=0.01)
 
 
 def test_an_object_in_a_hidden_collection_is_hidden(tmp_path):
