@@ -426,7 +426,8 @@ def _armature(
     thing.modifiers.new("Armature", "ARMATURE").object = armature
     _weigh(thing, rig, order)
     curves = Curves(armature, name, at, loop)
-    for bone, channels in zip(armature.pose.bones, _channels(armature, rig, into), strict=True):
+    for bone_name, channels in zip(rig.names, _channels(armature, rig, into), strict=True):
+        bone = armature.pose.bones[bone_name]
         bone.rotation_mode = "QUATERNION"
         if loop:
             channels = _closed(channels, _closing(at))
@@ -461,7 +462,7 @@ def _bones(context: bpy.types.Context, armature: bpy.types.Object, rig: Rig, int
             bpy.ops.object.mode_set(mode="OBJECT")
         armature.select_set(False, view_layer=layer)
         scene.collection.objects.unlink(armature)
-    if [bone.name for bone in armature.data.bones] != rig.names:
+    if {bone.name for bone in armature.data.bones} != set(rig.names) or len(armature.data.bones) != len(rig.names):
         raise ValueError("armature.glb is damaged: it has bones of the same name, or of no length.")
 
 
@@ -479,7 +480,7 @@ def _weigh(thing: bpy.types.Object, rig: Rig, order: np.ndarray) -> None:
 def _channels(armature: bpy.types.Object, rig: Rig, into: np.ndarray) -> list[dict[str, np.ndarray]]:
     """Of each bone the values of its channels at every moment, by its parent as Blender means them for bones that inherit no scale: the
     place by the parent's whole matrix, rotation and scale by its rotation alone."""
-    rest = [np.array(bone.matrix_local, np.float64) for bone in armature.data.bones]  # as Blender rounded them
+    rest = [np.array(armature.data.bones[name].matrix_local, np.float64) for name in rig.names]  # as Blender rounded them
     away = np.linalg.inv(into)
     posed, found = [], []
     for number, parent in enumerate(rig.parents):
