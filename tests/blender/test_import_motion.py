@@ -97,17 +97,19 @@ def quaternion(rotation):
 
 
 class Strip:
-    """Three bones along x, each 1 long: the first turns round twice and moves, the second bends and stretches to more than the double, the
-    third bends and inherits nothing of that."""
+    """Bones 1, 2 and 4 along x, each 1 long: the first turns round twice and moves, the second bends and stretches to more than the double,
+    its child bends and inherits nothing of that. The third is another child of the first, and swings: Blender orders it last."""
 
     def __init__(self, frames=FRAMES, rate=RATE):
         self.frames, self.rate = frames, rate
         self.vertices, self.faces = strip()
         self.share = np.linspace(0, 1, len(frames))
-        count, bones = len(frames), 3
+        count, bones, self.parents = len(frames), 4, [-1, 0, 0, 1]
         lay = turn((0, 0, 1), -90)  # a bone's y axis along x
-        self.rest = np.array([rigid(lay @ turn((0, 1, 0), 30 * bone), [bone, 0, 0]) for bone in range(bones)])
-        local = np.linalg.inv(np.concatenate([np.eye(4)[None], self.rest[:-1]])) @ self.rest
+        heads = [0.0, 1.0, 0.5, 2.0]
+        self.rest = np.array([rigid(lay @ turn((0, 1, 0), 30 * bone), [heads[bone], 0, 0]) for bone in range(bones)])
+        local = np.array([np.linalg.inv(self.rest[parent]) @ self.rest[bone] for bone, parent in enumerate(self.parents)])
+        local[0] = self.rest[0]
         self.local_rest = local
         self.scale = np.ones((count, bones, 3))
         self.scale[:, 1] += self.share[:, None] * [-0.4, 1.3, 0.2]
@@ -115,14 +117,16 @@ class Strip:
         for moment, share in enumerate(self.share):
             self.local[moment, 0] = local[0] @ rigid(turn((0.3, 1, 0.2), 700 * share), [0.4 * share, 0, -0.7 * share])
             self.local[moment, 1] = local[1] @ rigid(turn((1, 0, 0), -80 * share), [0, 0, 0])
-            self.local[moment, 2] = local[2] @ rigid(turn((0, 0, 1), 50 * share), [0, 1.3 * share, 0])
+            self.local[moment, 2] = local[2] @ rigid(turn((0, 1, 1), 90 * np.sin(6 * share)), [0, 0, 0.2 * share])
+            # The end of the second bone, from its parent: the stretch moves it, and is not inherited.
+            self.local[moment, 3] = local[3] @ rigid(turn((0, 0, 1), 50 * share), [0, 1.3 * share, 0])
         stiff = self.local.copy()
-        for bone in (1, 2):
-            stiff[:, bone] = stiff[:, bone - 1] @ self.local[:, bone]
+        for bone, parent in list(enumerate(self.parents))[1:]:
+            stiff[:, bone] = stiff[:, parent] @ self.local[:, bone]
         posed = stiff.copy()
         posed[..., :3, :3] *= self.scale[:, :, None, :]
         skin = posed @ np.linalg.inv(self.rest)
-        places = np.clip(self.vertices[:, 0, None] - [0.0, 1.0, 2.0], -1, 2)
+        places = np.clip(self.vertices[:, 0, None] - heads, -1, 2)
         weights = np.maximum(0, 1 - np.abs(places - 0.5) ** 2)
         self.weights = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
         ends = np.concatenate([self.vertices, np.ones((len(self.vertices), 1))], 1)
@@ -180,26 +184,24 @@ class Strip:
     def write_armature(self, path):
         out = Writer()
         primitive = self.primitive(out)
-        joint = np.array([0, 3, 2])  # the second bone's vertices follow its scale joint
+        joint = np.array([0, 4, 2, 3])  # the second bone's vertices follow its scale joint
         heaviest = np.argsort(-self.weights, 1)
-        weights = np.concatenate([np.take_along_axis(self.weights, heaviest, 1), np.zeros((len(heaviest), 1))], 1)
-        primitive["attributes"]["WEIGHTS_0"] = out.add(weights)
-        primitive["attributes"]["JOINTS_0"] = out.add(np.concatenate([joint[heaviest], np.zeros((len(heaviest), 1), int)], 1))
-        # armature, mesh, bones 2 to 4, scale joint 5
+        primitive["attributes"]["WEIGHTS_0"] = out.add(np.take_along_axis(self.weights, heaviest, 1))
+        primitive["attributes"]["JOINTS_0"] = out.add(joint[heaviest])
+        # armature, mesh, bones 2 to 5, scale joint 6
         nodes = [{"name": "Strip", "translation": PLACE.tolist(), "children": [2]}, {"mesh": 0, "skin": 0}]
         channels = []
-        for bone in range(3):
+        for bone in range(4):
             rest = self.local_rest[bone]
             about = {"name": f"Bone {bone + 1:03}", "rotation": quaternion(rest[:3, :3]), "translation": rest[:3, 3].tolist()}
-            nodes.append(about | {"children": [[3], [5, 4], []][bone] or None, "extras": {"length": 1.0}})
-            if not nodes[-1]["children"]:
-                del nodes[-1]["children"]
+            nodes.append(about | {"extras": {"length": 1.0}})
             turned = np.array([quaternion(moment) for moment in self.local[:, bone, :3, :3]])
             channels += [(2 + bone, "rotation", turned), (2 + bone, "translation", self.local[:, bone, :3, 3])]
+        nodes[2]["children"], nodes[3]["children"] = [3, 4], [6, 5]
         nodes.append({"name": "Bone 002 scale", "extras": {"scales": 1}})
-        channels.append((5, "scale", self.scale[:, 1]))
-        back = np.linalg.inv(self.rest)[[0, 1, 2, 1]].transpose(0, 2, 1).reshape(4, 16)
-        skins = [{"skeleton": 0, "joints": [2, 3, 4, 5], "inverseBindMatrices": out.add(back)}]
+        channels.append((6, "scale", self.scale[:, 1]))
+        back = np.linalg.inv(self.rest)[[0, 1, 2, 3, 1]].transpose(0, 2, 1).reshape(5, 16)
+        skins = [{"skeleton": 0, "joints": [2, 3, 4, 5, 6], "inverseBindMatrices": out.add(back)}]
         scenes, animations = [{"nodes": [0, 1]}], [self.animation(out, channels)]
         meshes = [{"primitives": [primitive]}]
         out.save(path, meshes=meshes, nodes=nodes, scenes=scenes, skins=skins, materials=[{"name": "Strip"}], animations=animations)
@@ -300,11 +302,11 @@ def test_the_armature_has_the_files_bones_and_smooth_curves(tmp_path):
     imported = bring_in(Strip().write(tmp_path), "ARMATURE")
     armature, mesh = imported.armature_object, imported.mesh_object
     bones = armature.data.bones
-    assert [bone.name for bone in bones] == ["Bone 001", "Bone 002", "Bone 003"]
-    assert [bone.parent and bone.parent.name for bone in bones] == [None, "Bone 001", "Bone 002"]
+    above = {bone.name: bone.parent and bone.parent.name for bone in bones}
+    assert above == {"Bone 001": None, "Bone 002": "Bone 001", "Bone 003": "Bone 001", "Bone 004": "Bone 002"}
     assert all(bone.inherit_scale == "NONE" and bone.length == pytest.approx(1.0, abs=1e-5) for bone in bones)
-    assert np.allclose(bones[0].tail_local, bones[1].head_local, atol=1e-5)
-    assert mesh.parent == armature and [group.name for group in mesh.vertex_groups] == [bone.name for bone in bones]
+    assert np.allclose(bones["Bone 002"].tail_local, bones["Bone 004"].head_local, atol=1e-5)
+    assert mesh.parent == armature and {group.name for group in mesh.vertex_groups} == set(above)
     weights = np.array([sum(group.weight for group in vertex.groups) for vertex in mesh.data.vertices])
     assert np.allclose(weights, 1, atol=1e-6)
     turns = [curve for curve in curves(armature) if curve.data_path == 'pose.bones["Bone 001"].rotation_quaternion']
@@ -354,6 +356,26 @@ def test_the_action_can_be_retimed_in_the_nla(tmp_path, way, loop):
     data.action = None
     assert strip.frame_start == 100 and strip.frame_end == pytest.approx(100 + 2 * (FRAMES[-1] - FRAMES[0]))
     assert worst(thing, [100 + 2 * i for i in range(len(FRAMES))], before) < EXACT * result.diagonal()
+
+
+@pytest.mark.oldest
+@pytest.mark.parametrize("way", WAYS)
+def test_the_shading_follows_the_motion(tmp_path, way):
+    """The file's normals are those of a round tube: wherever it goes, they stay on the outer side of each of its faces."""
+    imported, scene = bring_in(Strip().write(tmp_path), way), bpy.context.scene
+
+    def least():
+        mesh = imported.mesh_object.evaluated_get(bpy.context.evaluated_depsgraph_get()).to_mesh()
+        corners = np.array([normal.vector[:] for normal in mesh.corner_normals])
+        faces = np.repeat([face.normal[:] for face in mesh.polygons], 3, axis=0)
+        return (corners * faces).sum(1).min()
+
+    scene.frame_set(FRAMES[0] - 1)
+    at_rest = least()
+    assert at_rest > 0.5
+    for frame in FRAMES:
+        scene.frame_set(frame)
+        assert least() > at_rest - 0.5
 
 
 @pytest.mark.oldest
@@ -462,7 +484,7 @@ def test_vertices_without_a_triangle_count_for_nothing(tmp_path):
     result = Strip()
     truth, size = result.truth(), result.diagonal()
     result.vertices = np.insert(result.vertices, 7, [9, 9, 9], 0)
-    result.weights = np.insert(result.weights, 7, [1, 0, 0], 0)
+    result.weights = np.insert(result.weights, 7, [1, 0, 0, 0], 0)
     result.moved = np.insert(result.moved, 7, [8, 8, 8], 1)
     result.faces = result.faces + (result.faces >= 7)
     folder = result.write(tmp_path)
