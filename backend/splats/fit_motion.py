@@ -54,8 +54,8 @@ class Schedule:
     """
 
     splats: fit.Schedule = fit.Schedule()
-    turn_rate: float = 1e-3
-    shift_rate: float = 3e-4
+    turn_rate: float = 4.5e-3
+    shift_rate: float = 1.5e-3
     node_decay: float = 0.1
     nodes_from: float = 0.05
     rigidity: float = 1e-2
