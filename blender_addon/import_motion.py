@@ -455,6 +455,7 @@ def _bones(context: bpy.types.Context, armature: bpy.types.Object, rig: Rig, int
                 bone.tail = rest[:3, 3] + rest[:3, 1] * max(rig.lengths[number], 1e-6 / size)
                 bone.align_roll(Vector(rest[:3, 2]))
                 bone.inherit_scale = "NONE"
+                bone.select = bone.select_head = bone.select_tail = True  # animation editors show the keys of selected bones
                 if rig.parents[number] >= 0:
                     bone.parent = made[rig.parents[number]]
                 made.append(bone)
