@@ -7,6 +7,7 @@ motion is written down: it is for the backend to find. Within a step the user's 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -55,6 +56,13 @@ def frames(p: recipes.CaptureMotion) -> range:
     return chosen
 
 
+def sentence(p: recipes.CaptureMotion) -> str:
+    """What will be captured, for people. Raises as `frames` does."""
+    chosen = frames(p)
+    of = f", every {p.frame_step}" if p.frame_step > 1 else ""
+    return f"Frames {chosen[0]} to {chosen[-1]}{of}: {len(chosen)} of {_each(p)} views, {len(chosen) * _each(p):,} in all"
+
+
 def _fits(count: int, p: recipes.CaptureMotion) -> bool:
     views, files = count * _each(p), count * (_each(p) + 1) + 1
     return views <= MOST_MOVING_VIEWS and views * p.size**2 <= MOST_PIXELS and files <= messages.INPUTS
@@ -92,14 +100,13 @@ def _random_turn(random: np.random.Generator) -> np.ndarray:
 def _frame(scene: bpy.types.Scene, frame: int) -> Iterator[None]:
     """The user's scene at a frame; afterwards, also by an error, at the one where it was."""
     before = scene.frame_current, scene.frame_subframe
-    if before == (frame, 0.0):
-        yield
-        return
     try:
-        scene.frame_set(frame)
+        if before != (frame, 0.0):
+            scene.frame_set(frame)
         yield
     finally:
-        scene.frame_set(before[0], subframe=before[1])
+        if before != (scene.frame_current, scene.frame_subframe):
+            scene.frame_set(before[0], subframe=before[1])
 
 
 # Simulations
@@ -169,10 +176,10 @@ class MovingCapture(capture.Capture):
             super()._step()
             return
         scene = capture._scene(self.subject)
-        if self.done == 0 and scene.rigidbody_world is not None:
-            self._simulate_rigid_bodies(scene)
+        if self.done == 0 and self._simulated:
+            self._simulate(scene)
         started = time.perf_counter()
-        # Other simulations go on from the frame before, if they come from there.
+        # A simulation goes on only from the frame before.
         with capture._idle(), _frame(scene, self._walk[max(self.done - self._simulated, 0)]):
             while self.done < len(self._walk):
                 frame = self._walk[self.done]
@@ -188,10 +195,14 @@ class MovingCapture(capture.Capture):
             self._place_cameras()
             self._refuse_what_travels()
 
-    def _simulate_rigid_bodies(self, scene: bpy.types.Scene) -> None:
-        """All in one go: their cache keeps no speeds, so that after a pause they would fall anew."""
+    def _simulate(self, scene: bpy.types.Scene) -> None:
+        """Fills simulations' caches in one go where a pause would spoil them: rigid bodies' keeps no speeds, so that they would fall anew,
+        and a visit to the user's frame, where that comes later than what is in the caches, would take it for the next one."""
+        now = scene.frame_current_final
+        if scene.rigidbody_world is None and now <= self._walk[0]:
+            return
         with capture._idle(), _frame(scene, self._walk[0]):
-            for frame in self._walk:
+            for frame in range(self._walk[0], max(self._walk[-1], math.ceil(now)) + 1):
                 scene.frame_set(frame)
 
     def _take_in(self, frame: int, moment: Moment) -> None:

@@ -5,7 +5,7 @@ import time
 import blf
 import bpy
 
-from . import preferences, properties, rebake, session, splat_nodes
+from . import capture_motion, preferences, properties, rebake, session, splat_nodes
 from .protocol import estimates, recipes
 from .protocol.client import FINAL
 from .protocol.errors import KilnError
@@ -108,7 +108,9 @@ def estimate_text(expected: estimates.Estimate) -> str:
 
 def takes(recipe: type, values: dict) -> str:
     """For the tooltips of presets."""
-    return estimate_text(session.current.estimate(recipe.NAME, values)) if session.current else ""
+    if not session.current:
+        return ""
+    return estimate_text(session.current.estimate(recipe.NAME, capture_motion.resolved(values, bpy.context.scene)))
 
 
 def memory_warning(expected: estimates.Estimate) -> str:
@@ -296,7 +298,8 @@ class KILN_PT_generate(KilnPanel, bpy.types.Panel):
         changed = properties.changed(group, recipe)
         if changed:
             row.operator("kiln.reset_parameters", text="", icon="LOOP_BACK")
-        expected = now.estimate(settings.recipe, properties.values(group, recipe), getattr(subject, "count", None))
+        values = capture_motion.resolved(properties.values(group, recipe), context.scene)
+        expected = now.estimate(settings.recipe, values, getattr(subject, "count", None))
         draw_text(column, context, estimate_text(expected), "TIME")
         if memory_warning(expected):
             draw_text(column, context, memory_warning(expected), "ERROR")
@@ -347,6 +350,14 @@ class KILN_PT_generate(KilnPanel, bpy.types.Panel):
             box.label(text=f"{subject.title}: {subject.count:,} splats", icon="POINTCLOUD_DATA")
         elif subject is not None and subject.kind in ("object", "objects"):
             box.label(text=subject.title, icon="OBJECT_DATA" if subject.kind == "object" else "GROUP")
+        if recipe.INPUT == "motion":
+            values = capture_motion.resolved(properties.values(getattr(settings, recipe.NAME), recipe), context.scene)
+            try:
+                draw_text(box, context, capture_motion.sentence(recipes.make(recipe.NAME, values).capture), "RENDER_ANIMATION")
+            except KilnError as error:
+                draw_text(box, context, error.message, "ERROR")
+                draw_text(box, context, error.hint, "BLANK1")
+                subject = None
         if recipe.INPUT == "splats":
             box.operator("kiln.import_splats", text="Import Splats…", icon="IMPORT")
         active = context.view_layer.objects.active

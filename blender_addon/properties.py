@@ -101,8 +101,10 @@ def changed(group: PropertyGroup, recipe: type) -> list[str]:
 
 def preset_of(recipe: str, parameters: dict) -> str:
     """The preset that parameters are those of, or "custom"."""
+    of_the_scene = ("capture.frame_start", "capture.frame_end") if parameters.get("capture.scene_frames") else ()
     for preset in recipes.recipe_named(recipe).PRESETS:
-        if recipes.values(recipes.make(recipe, preset=preset)) == parameters:
+        known = recipes.values(recipes.make(recipe, preset=preset))
+        if {**known, **{name: parameters.get(name) for name in of_the_scene}} == parameters:
             return preset
     return "custom"
 

@@ -26,7 +26,7 @@ from pathlib import Path
 import bpy
 import bpy.utils.previews
 
-from . import capture, environment, export, import_asset, import_motion, preferences, properties
+from . import capture, capture_motion, environment, export, import_asset, import_motion, preferences, properties
 from .backend_link import Link, Where, tail
 from .protocol import VERSION, connection, estimates, recipes
 from .protocol.client import FINAL
@@ -627,12 +627,16 @@ class Shoot:
         current.want_backend()
         if subject.kind == "splats":  # they go out as they stand in the scene, whatever is set for files
             recipe = recipes.make(recipe.NAME, {**recipes.values(recipe), "subject.up": "auto"})
+        if recipe.INPUT == "motion":  # the job's parameters say which frames it is of
+            recipe = recipes.make(recipe.NAME, capture_motion.resolved(recipes.values(recipe), capture._scene(subject)))
         self.title, self.recipe = subject.title, recipe
-        self.doing = {"views": "rendering", "splats": "writing"}[recipe.INPUT]
+        self.doing = {"views": "rendering", "motion": "rendering", "splats": "writing"}[recipe.INPUT]
         self.folder = Path(tempfile.mkdtemp(prefix=f"{recipe.INPUT}-", dir=current.folder))
         try:
             if recipe.INPUT == "views":
                 self.capture = capture.Capture(subject, recipe.capture, self.folder, recipe.seed)
+            elif recipe.INPUT == "motion":
+                self.capture = capture_motion.MovingCapture(subject, recipe.capture, self.folder, recipe.seed)
             else:
                 self.capture = export.Export(subject, self.folder)
         except BaseException:

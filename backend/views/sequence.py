@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -66,7 +67,7 @@ def load(folder: Path, progress: Progress = silent) -> ViewSequence:
     return sequence
 
 
-def _number(value: object) -> float:
+def _number(value: Any) -> float:
     """A finite number, or NaN."""
     usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if usable else math.nan
