@@ -436,7 +436,10 @@ def _bake(
         "normal": any(shader.inputs["Normal"].is_linked for shader in shaders),
     }
     steps = ["reach", *(name for name, needed in wanted.items() if needed)]
-    source = result.data.copy()
+    if "kiln_motion" in result:  # as it stands at this frame, where the target stands too
+        source = bpy.data.meshes.new_from_object(result.evaluated_get(context.evaluated_depsgraph_get()))
+    else:
+        source = result.data.copy()
     source.transform(here @ result.matrix_world)
     shape.materials.clear()
     picture = bpy.data.images.new("Kiln bake", size, size, alpha=True, float_buffer=True, is_data=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import bpy
 import numpy as np
 import pytest
-from bl_ext.kiln_test.kiln import api, import_asset, import_motion, session
+from bl_ext.kiln_test.kiln import api, import_asset, import_motion, rebake, session
 from bl_ext.kiln_test.kiln.protocol import recipes
 from bl_ext.kiln_test.kiln.protocol.errors import KilnError
 from mathutils import Euler, Matrix, Quaternion
@@ -566,6 +566,21 @@ def test_a_cache_that_cannot_be_written_is_said_and_leaves_nothing(tmp_path):
     with pytest.raises(KilnError, match="kiln_cache"):
         bring_in(Strip().write(tmp_path / "results"), "CACHE")
     assert len(bpy.data.objects) == before and not len(bpy.data.actions)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_result_that_moves_is_baked_as_it_stands_at_the_frame(tmp_path, way):
+    imported, scene = bring_in(Strip().write(tmp_path), way), bpy.context.scene
+    scene.frame_set(FRAMES[4])
+    shown = imported.mesh_object.evaluated_get(bpy.context.evaluated_depsgraph_get())
+    target = bpy.data.objects.new("target", bpy.data.meshes.new_from_object(shown))
+    target.matrix_world = shown.matrix_world.copy()
+    scene.collection.objects.link(target)
+    bpy.context.view_layer.update()
+    rebake.retexture(bpy.context, imported.mesh_object, target, 64, unwrap=True)
+    scene.frame_set(FRAMES[0])
+    with pytest.raises(KilnError, match="has no result within the ray distance"):
+        rebake.retexture(bpy.context, imported.mesh_object, target, 64, unwrap=True)
 
 
 def test_a_result_of_another_recipe_stands_still(tmp_path):
