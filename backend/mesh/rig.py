@@ -27,19 +27,23 @@ CANDIDATES = 10  # bones near a vertex along the surface, of which those are cho
 GAP = 3  # times longer than an edge: the way over to a piece that only lies near
 SURPLUS = 1.5  # so many times the bones asked for are solved for first: the least useful then go, one by one
 CLUSTER_ROUNDS = 3  # of fitting and assigning after every split
-EXACT = 3e-4  # mean error below which fewer bones, and fewer that scale, are better than less error
+EXACT = 3e-4  # mean error below which fewer bones are better than less error
+PLAIN = 8e-4  # and below which fewer bones that scale are
 WORTH = 0.01  # share of the error that a bone has to take away, where it is not so small
 LOSS = 1.2  # squared error that taking scale away may leave, to that before
 SMOOTH = 5e-4  # a difference between a vertex's weights and its neighbours' costs as much as this distance times the difference
 STIFF = 2e-3  # what a scale of 2 would cost, as a distance: flat or small bones have no size along some axis that could be seen to change
 ROUNDS, LAST_ROUNDS = 12, 40  # of weights and bones in turn: before bones go, and at the end
 HINGE = 1e-3  # squared radians: bones that turn less against each other than its root have their joint where they share weight
-REACH = 0.1  # how far from there a joint may lie
+LEVER = 0.05  # the same as a share of how much they turn
+REACH = 1.5  # times the extent of what they share: how far from its middle a joint may lie
+LOOSE = 0.01  # a joint that comes apart by so much is half as good a joint
 LEAST_LENGTH = 0.01  # of a bone
 
 
 def solve(mesh: AnimatedMesh, p: recipes.Armature, progress: Progress = silent) -> Rig:
-    """The rig of at most `p.bones` bones whose motion of `mesh.mesh` is nearest to `mesh.vertices`: least squares over vertices and moments.
+    """The rig of at most `p.bones` bones whose motion of `mesh.mesh` is nearest to `mesh.vertices`: least squares over vertices
+    and moments.
 
     Vertices at one place that stay together (copies along UV seams) get the same weights.
     """
@@ -79,6 +83,7 @@ class _Thing:
     the edges, and of links between pieces that have no edge in common."""
 
     points: Float[np.ndarray, "n 3"]  # at rest
+    area: Float[np.ndarray, "n"]  # of the surface around each
     moved: Float[np.ndarray, "n t 3"]
     average: sparse.csr_matrix
     graph: sparse.csr_matrix
@@ -100,7 +105,9 @@ class _Thing:
         every = np.concatenate([pairs, links])
         length = np.linalg.norm(points[every[:, 0]] - points[every[:, 1]], axis=1) + 1e-9
         length[len(pairs) :] *= GAP
-        return _Thing(points, moved, average, _symmetric(every, length, count))
+        edges = points[faces[:, 1:]] - points[faces[:, :1]]
+        area = np.bincount(faces.reshape(-1), np.linalg.norm(np.cross(edges[:, 0], edges[:, 1]), axis=1).repeat(3) / 6, count)
+        return _Thing(points, area, moved, average, _symmetric(every, length, count))
 
 
 def _symmetric(pairs: Int[np.ndarray, "k 2"], values: Float[np.ndarray, "k"], count: int) -> sparse.csr_matrix:
@@ -211,7 +218,7 @@ class _Bones:
         pairs, crossed = _moments(points, moved, skin.joints, skin.weights, len(self))
         affine = self.affine()
         out = np.zeros(len(self))
-        for bone in np.flatnonzero(self.scales):
+        for bone in np.flatnonzero(self.scales).tolist():
             mass, _, _, spread, joint = _alone(bone, affine, pairs, crossed)
             if mass >= 1e-9:
                 without, now = (((a @ spread) * a).sum() - 2 * (a * joint).sum() for a in (_procrustes(joint), self.linear(bone)))
@@ -247,7 +254,8 @@ def _weld(rest, moved) -> tuple[Int[np.ndarray, "k"], Int[np.ndarray, "n"]]:
 
 
 def _clusters(thing: _Thing, count: int, scale: bool, progress: Progress) -> tuple[_Bones, _Skin]:
-    """Parts that each move as one bone (SSDR 4.1, RASR 4.1): the worst part is split at its worst point until there are enough or all fit."""
+    """Parts that each move as one bone (SSDR 4.1, RASR 4.1): the worst part is split at its worst point until there are enough
+    or all fit."""
     points, moved = thing.points, thing.moved
     every, one = np.arange(len(points)), np.ones((len(points), 1))
     bones = _Bones(1, thing.moments)
@@ -351,7 +359,7 @@ def _settle(thing: _Thing, skin: _Skin, bones: _Bones, progress: Progress) -> _S
         progress(number / rounds)
         now = _misses(thing.points, thing.moved, bones.affine(), skin.joints, skin.weights).sum()
         if number == 0:
-            limit = max(EXACT**2 * len(thing.points) * thing.moments, LOSS * now)
+            limit = max(PLAIN**2 * len(thing.points) * thing.moments, LOSS * now)
         gains = np.where(bones.scales, bones.gains(thing.points, thing.moved, skin), 0)
         order = np.argsort(gains, kind="stable")
         free = order[np.cumsum(gains[order]) <= limit - now]
@@ -367,28 +375,35 @@ def _rig(thing: _Thing, skin: _Skin, bones: _Bones, place: Int[np.ndarray, "n"],
     """Order, joints and directions of the bones (RASR 4.3 and 5): parents are those with which a bone shares most weight."""
     count = len(bones)
     dense = skin.dense(count)
-    mass = dense.sum(0)
-    middle = (dense.T[:, :, None] * thing.points).sum(1) / np.maximum(mass, 1e-12)[:, None]
-    narrow = sparse.csr_matrix(dense)
-    shared = (narrow.T @ narrow).toarray()
+    mass = (dense * thing.area[:, None]).sum(0)
+    middle = np.stack([_mean(thing.points, np.where(own > 0.5, thing.area, 1e-6) * own) for own in dense.T])
+    linear = np.stack([bones.linear(bone) for bone in range(count)])
     apart = np.linalg.norm(middle[:, None] - middle, axis=2)
-    reluctance = 1 / (shared + 1e-6 / (1 + apart))  # bones that share nothing hang on the nearest
-    np.fill_diagonal(reluctance, 0)
+    reluctance = np.zeros((count, count))
+    for bone in range(count):
+        for other in range(bone):
+            both = dense[:, bone] * dense[:, other]
+            if both.sum() > 1e-6:
+                _, miss = _joint(thing, both, linear, bones.shift, bone, other)
+                reluctance[bone, other] = (miss**2 + LOOSE**2) / both.sum()
+            else:  # bones that share nothing hang on the nearest
+                reluctance[bone, other] = 1e6 * (1 + apart[bone, other])
     tree = csgraph.minimum_spanning_tree(reluctance).tocoo()
     tree = _symmetric(np.stack([tree.row, tree.col], 1).astype(np.int64), apart[tree.row, tree.col] + 1e-9, count)
-    # root: the bone from which the way along the tree to all of the mesh is shortest
-    root = int(np.argmin(csgraph.dijkstra(tree) @ mass)) if count > 1 else 0
+    # root: the bone from which the way along the tree to all of the surface is shortest
+    root = int(np.argmin((csgraph.dijkstra(tree) * mass).sum(1)))
     order, before = csgraph.breadth_first_order(tree, root, directed=False)
     number = np.empty(count, np.int64)
     number[order] = np.arange(count)
     parents = np.where(before >= 0, number[np.maximum(before, 0)], -1)[order]
-    dense, mass, middle = dense[:, order], mass[order], middle[order]
+    dense, mass, middle, linear = dense[:, order], mass[order], middle[order], linear[order]
     bones.keep(order)
-    linear = np.stack([bones.linear(bone) for bone in range(count)])
 
     heads = middle.copy()
     for bone in range(1, count):
-        heads[bone] = _joint(thing, dense, linear, bones.shift, bone, int(parents[bone]), middle[bone])
+        both = dense[:, bone] * dense[:, parents[bone]]
+        if both.sum() > 1e-6:
+            heads[bone], _ = _joint(thing, both, linear, bones.shift, bone, int(parents[bone]))
     below = mass.copy()  # of a bone and all that hangs on it
     for bone in range(count - 1, 0, -1):
         below[parents[bone]] += below[bone]
@@ -403,7 +418,7 @@ def _rig(thing: _Thing, skin: _Skin, bones: _Bones, place: Int[np.ndarray, "n"],
             along = middle[bone] - heads[bone]
             along = along if np.linalg.norm(along) > 1e-6 else np.array([0.0, 0.0, 1.0])
             own = thing.points[dense[:, bone] > 0.5]
-            reach = (own - heads[bone]) @ along / np.linalg.norm(along)
+            reach = ((own - heads[bone]) * along).sum(1) / np.linalg.norm(along)
             length = max(float(reach.max()) if len(reach) else 0.0, LEAST_LENGTH)
         axes[bone], columns = _frame(along / np.linalg.norm(along), bones.axes[bone] if bones.scales[bone] else None)
         bones.scale[bone] = bones.scale[bone][:, columns]
@@ -422,19 +437,26 @@ def _rig(thing: _Thing, skin: _Skin, bones: _Bones, place: Int[np.ndarray, "n"],
     )
 
 
-def _joint(thing: _Thing, dense, linear, shift, bone: int, parent: int, middle) -> Float[np.ndarray, "3"]:
-    """The point that both bones move most alike (RASR eq. 8), near where they share their weight."""
-    both = dense[:, bone] * dense[:, parent]
-    near = (both[:, None] * thing.points).sum(0) / both.sum() if both.sum() > 1e-6 else middle
-    turned, gone = linear[bone] - linear[parent], shift[bone] - shift[parent]
-    pull = HINGE * thing.moments
-    matrix = np.einsum("tji,tjk->ik", turned, turned) + pull * np.eye(3)
-    off = np.linalg.solve(matrix, pull * near - np.einsum("tji,tj->i", turned, gone)) - near
-    return near + off * min(1.0, REACH / max(float(np.linalg.norm(off)), 1e-12))
+def _joint(thing: _Thing, both: Float[np.ndarray, "n"], linear, shift, bone: int, other: int) -> tuple[Float[np.ndarray, "3"], float]:
+    """The point that two bones move most alike, near where they share their weight (RASR eq. 8), and by how much they do not."""
+    near = _mean(thing.points, both)
+    extent = float(np.sqrt((both * ((thing.points - near) ** 2).sum(1)).sum() / both.sum()))
+    turned, gone = linear[bone] - linear[other], shift[bone] - shift[other]
+    matrix = np.einsum("tji,tjk->ik", turned, turned)
+    # along a hinge's axis any point would do
+    pull = HINGE * thing.moments + LEVER * float(np.trace(matrix))
+    off = np.linalg.solve(matrix + pull * np.eye(3), -np.einsum("tji,tj->i", turned, gone + np.einsum("tij,j->ti", turned, near)))
+    point = near + off * min(1.0, REACH * extent / max(float(np.linalg.norm(off)), 1e-12))
+    return point, float(np.sqrt(((np.einsum("tij,j->ti", turned, point) + gone) ** 2).sum() / thing.moments))
+
+
+def _mean(points: Float[np.ndarray, "n 3"], weights: Float[np.ndarray, "n"]) -> Float[np.ndarray, "3"]:
+    return (weights[:, None] * points).sum(0) / weights.sum()
 
 
 def _frame(along: Float[np.ndarray, "3"], scaled: Float[np.ndarray, "3 3"] | None) -> tuple[Float[np.ndarray, "3 3"], list[int]]:
-    """A bone's axes in columns, the second along it, or along that axis of its scale that is nearest; and which axis of its scale each is."""
+    """A bone's axes in columns, the second along it, or along that axis of its scale that is nearest; and which axis of its
+    scale each is."""
     if scaled is None:
         side = np.cross(along, np.eye(3)[np.argmin(np.abs(along))])
         side /= np.linalg.norm(side)
@@ -581,10 +603,10 @@ def _weights(points, moved, affine, near, drawn, smooth):
         weights[i] /= total
         total = 0.0
         for t in range(3 * moments):
-            d = 0.0
+            miss = 0.0
             for k in range(min(MOST, size)):
-                d += weights[i, k] * off[order[k], t]
-            total += d * d
+                miss += weights[i, k] * off[order[k], t]
+            total += miss * miss
         misses[i] = total
     return joints, weights, misses
 
