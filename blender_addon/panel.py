@@ -143,8 +143,8 @@ def draw_advice(layout, context, things) -> bool:
 def draw_bounces(layout, scene) -> None:
     """Cycles' settings that the advice is about, for the user to change."""
     column = layout.column(align=True)
-    column.prop(scene.cycles, "transparent_max_bounces", text="Most")
-    column.prop(scene.cycles, "min_transparent_bounces", text="Least")
+    column.prop(scene.cycles, "transparent_max_bounces", text="Most Bounces")
+    column.prop(scene.cycles, "min_transparent_bounces", text="Least Bounces")
 
 
 def backend_words(backend: dict) -> str:
