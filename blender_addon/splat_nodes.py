@@ -25,9 +25,9 @@ from .splat_files import Points
 
 NAME = "Kiln splats"  # of the node group and of the materials, made once a file
 LEAST_ALPHA = 1 / 255  # what 3D Gaussian Splatting itself leaves out
-# Through transparent surfaces, two a splat. With fewer at most Cycles darkens splats; with fewer at least it ends rays by chance (Russian
-# roulette), and even colours come out grainy: at 16 samples, 30.6 dB instead of 33.8 against the CPU rasteriser.
-BOUNCES = 32
+# Through transparent surfaces, two a splat. With fewer at most Cycles darkens splats (with 32 still in lines along their silhouettes); with
+# fewer at least it ends rays by chance (Russian roulette), and even colours come out grainy.
+BOUNCES = 64
 EASY = 200_000  # splats that a viewport still turns smoothly; of more, it shows a share
 
 

@@ -452,9 +452,9 @@ def test_bounces_that_darken_splats_or_make_them_grainy_are_said_and_left_to_the
     scene = bpy.context.scene
     scene.render.engine, scene.cycles.transparent_max_bounces, scene.cycles.min_transparent_bounces = "CYCLES", 8, 0
     assert "8 transparent bounces darken" in splat_nodes.advice(scene) and scene.cycles.transparent_max_bounces == 8
-    scene.cycles.transparent_max_bounces = 32
+    scene.cycles.transparent_max_bounces = 64
     assert "grainy" in splat_nodes.advice(scene) and scene.cycles.min_transparent_bounces == 0
-    scene.cycles.min_transparent_bounces = 32
+    scene.cycles.min_transparent_bounces = 64
     assert splat_nodes.advice(scene) == ""
     scene.render.engine, scene.cycles.transparent_max_bounces = EEVEE, 8
     assert splat_nodes.advice(scene) == ""
