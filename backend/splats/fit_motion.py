@@ -45,7 +45,8 @@ class Schedule:
     splats: the Gaussians' own (fit.py).
     turn_rate, shift_rate: Adam's rates of the nodes' quaternions and translations at the start; node_decay: factor on them at the end.
     nodes_from: share of the fit before which nodes stay as they came, while the Gaussians find their colours.
-    rigidity, smoothness: what a weight of 1 in the recipe means. Both energies are of lengths over the mean distance of linked nodes.
+    rigidity, smoothness: what a weight of 1 in the recipe means. All energies are of lengths over the mean distance of linked nodes.
+    trust: weight of nodes' distance from where they came, so that what looks alike everywhere does not slide.
     links: nodes that each node is held to.
     own_from: share of the fit from which Gaussians leave their nodes.
     own_mean_rate, own_color_rate, own_opacity_rate: Adam's rates of that.
@@ -54,12 +55,13 @@ class Schedule:
     """
 
     splats: fit.Schedule = fit.Schedule()
-    turn_rate: float = 4.5e-3
-    shift_rate: float = 1.5e-3
+    turn_rate: float = 6e-3
+    shift_rate: float = 2e-3
     node_decay: float = 0.1
     nodes_from: float = 0.05
     rigidity: float = 1e-2
     smoothness: float = 1e-2
+    trust: float = 0.3
     links: int = 8
     own_from: float = 0.65
     own_mean_rate: float = 2e-4
@@ -188,6 +190,13 @@ def smoothness(translations: Float[np.ndarray, "t m 3"], moment: int, links: Lin
     return scale * float((off**2).sum()), 2 * scale * off
 
 
+def trust(translations: Float[np.ndarray, "m 3"], given: Float[np.ndarray, "m 3"], links: Links) -> tuple[float, Float[np.ndarray, "m 3"]]:
+    """How far the nodes of one moment are from given places, squared, a mean over nodes; its gradient."""
+    off = translations - given
+    scale = 1 / (len(off) * links.length**2)
+    return scale * float((off**2).sum()), 2 * scale * off
+
+
 def _sums(places: np.ndarray, values: np.ndarray, count: int) -> np.ndarray:
     return np.stack([np.bincount(places, column, count) for column in values.T], 1)
 
@@ -250,7 +259,8 @@ def fit_on_cpu(
             rigid, smooth = p.rigidity_weight * schedule.rigidity, p.smoothness_weight * schedule.smoothness
             used = node_gradients[:, : len(motion.nodes)]
             used[TURN:SHIFT] = across(by_turn + rigid * turn, rotations).T
-            used[SHIFT:] = (by_shift + rigid * shift + smooth * slow).T
+            _, back = trust(translations, motion.translations[moment], links)
+            used[SHIFT:] = (by_shift + rigid * shift + smooth * slow + schedule.trust * back).T
             node_adams[moment].step(rasteriser.threads, nodes[moment], node_gradients, node_rates(schedule, done))
             of_nodes[moment, TURN:SHIFT] /= np.linalg.norm(of_nodes[moment, TURN:SHIFT], axis=0)
         if own is not None and own_adams is not None and own_gradient is not None:

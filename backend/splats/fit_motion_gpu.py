@@ -103,6 +103,11 @@ def smoothness(shifts, moment: int, length: float):
     return (off**2).sum() / (off.shape[1] * length**2)
 
 
+def trust(shift, given, length: float):
+    """`fit_motion.trust`'s energy; 3 x M."""
+    return ((shift - given) ** 2).sum() / (shift.shape[1] * length**2)
+
+
 def own_energy(own, moment: int, schedule: ours.Schedule):
     """What `fit_motion.hold_own` has the gradient of; `own`: tensors 7 x N by moment, of that moment and those beside it."""
     import torch
@@ -151,6 +156,7 @@ def fit_with(
     nodes = torch.tensor(motion.nodes, device=device)
     turns = [torch.tensor(one.T.copy(), device=device, requires_grad=True) for one in motion.rotations]
     shifts = [torch.tensor(one.T.copy(), device=device, requires_grad=True) for one in motion.translations]
+    given = [one.detach().clone() for one in shifts]
     keep = {"eps": Adam.SMALL, "betas": (Adam.KEEP1, Adam.KEEP2)}
     node_adam = torch.optim.Adam([{"params": turns}, {"params": shifts}], **keep)
     own_parts: list = []
@@ -191,6 +197,7 @@ def fit_with(
         if free:
             loss = loss + p.rigidity_weight * schedule.rigidity * rigidity(nodes, turn, shift, first, second, links.length)
             loss = loss + p.smoothness_weight * schedule.smoothness * smoothness(shifts, moment, links.length)
+            loss = loss + schedule.trust * trust(shift, given[moment], links.length)
         if own:
             loss = loss + own_energy(own, moment, schedule)
         state.adam.zero_grad(set_to_none=True)

@@ -130,6 +130,11 @@ def test_energies_and_their_gradients_are_those_of_autograd():
     theirs.backward()
     assert np.isclose(rough, theirs.item(), rtol=1e-4)
     assert np.abs(by_place - shifts[2].grad.numpy().T).max() < 1e-4 * np.abs(by_place).max() and shifts[1].grad is None
+    shifts[2].grad = None
+    far, back = fitting.trust(motion.translations[2], motion.translations[1], links)
+    theirs = fit_motion_gpu.trust(shifts[2], shifts[1].detach(), links.length)
+    theirs.backward()
+    assert np.isclose(far, theirs.item(), rtol=1e-4) and np.abs(back - shifts[2].grad.numpy().T).max() < 1e-4 * np.abs(back).max()
     own = np.random.default_rng(0).normal(0, 1, (3, OWN_ROWS, 16)).astype(np.float32)
     gradient = np.zeros_like(own[0])
     fitting.hold_own(own, 2, gradient, fitting.SCHEDULE)
