@@ -217,6 +217,16 @@ def test_views_are_the_files_that_transforms_json_names(tmp_path):
         cli.gather(tmp_path, "views")
 
 
+def test_views_in_motion_may_share_their_files(tmp_path):
+    for name in ("color_00001_000.png", "color_00001_001.png", "passes_00001.npz", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    passes = {"geometry_file_path": "passes_00001.npz", "material_file_path": "passes_00001.npz"}
+    frames = [{"frame": 1, "file_path": f"color_00001_{layer:03}.png", **passes, "layer": layer} for layer in range(2)]
+    (tmp_path / "transforms.json").write_text(json.dumps({"fps": 24.0, "frames": frames}))
+    found = cli.gather(tmp_path, "motion")
+    assert set(found) == {"transforms.json", "color_00001_000.png", "color_00001_001.png", "passes_00001.npz"}
+
+
 def test_splats_are_one_file_under_the_name_that_the_recipe_knows(tmp_path):
     for name in ("Garden.PLY", "notes.txt"):
         (tmp_path / name).write_bytes(b"")

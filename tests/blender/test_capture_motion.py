@@ -10,7 +10,7 @@ import bpy
 import numpy as np
 import pytest
 from bl_ext.kiln_test.kiln import capture, capture_motion, properties, session
-from bl_ext.kiln_test.kiln.protocol import recipes
+from bl_ext.kiln_test.kiln.protocol import messages, recipes
 from bl_ext.kiln_test.kiln.protocol.errors import KilnError
 from PIL import Image
 
@@ -344,6 +344,20 @@ def test_frames_that_make_no_motion_or_too_much_are_refused_before_anything_is_r
     said = refusal(tmp_path / "views", dataclasses.replace(QUICK, **changes))
     assert said.code == "bad-parameter" and said.message.startswith(sentence)
     assert not (tmp_path / "views").exists()
+
+
+def test_the_longest_capture_fits_into_one_request(tmp_path):
+    """500 frames of 10 views, far down the timeline."""
+    moving_cube()
+    p = recipes.CaptureMotion(scene_frames=False, frame_start=999_501, frame_end=1_000_000)
+    work = capture_motion.MovingCapture(capture.subject(bpy.context), p, tmp_path)
+    assert len(work._views) == 5000
+    names = {"transforms.json"}
+    for number in range(5000):
+        names |= {work._file_name("color", number), work._file_name("passes", number)}
+    values = recipes.values(recipes.Animate(capture=p))
+    header = {"type": "submit", "id": "i" * 100, "recipe": "animate", "values": values, "inputs": dict.fromkeys(names, "0" * 64)}
+    assert len(names) <= messages.INPUTS and len(messages.pack({**header, "title": "t" * 200, "source": {"place": "p" * 4000}})) > 400_000
 
 
 def test_the_step_that_a_refusal_names_fits():
