@@ -309,7 +309,8 @@ def _near(thing: _Thing, skin: _Skin, bones: int) -> Int[np.ndarray, "n c"]:
 def _weigh(thing: _Thing, skin: _Skin, bones: _Bones, near: Int[np.ndarray, "n c"]) -> _Skin:
     """Weights for bones that are held (SSDR 4.2): convex least squares, drawn to the mean of the neighbours' weights."""
     drawn = np.take_along_axis(thing.average @ skin.dense(len(bones)), near, 1)
-    joints, weights, _ = _weights(thing.points, thing.moved, bones.affine(), near, drawn, SMOOTH**2 * thing.moments)
+    every = np.arange(len(near))
+    joints, weights, _ = _weights(thing.points, thing.moved, bones.affine(), every, near, drawn, SMOOTH**2 * thing.moments)
     return _Skin(joints, weights)
 
 
@@ -332,20 +333,16 @@ def _drop(thing: _Thing, skin: _Skin, bones: _Bones, p: recipes.Armature, progre
         affine, near, dense = bones.affine(), _near(thing, skin, len(bones)), skin.dense(len(bones))
         misses = _misses(thing.points, thing.moved, affine, skin.joints, skin.weights)
         distance = np.sqrt(misses / thing.moments)
-        cost, farther, instead = np.zeros(len(bones)), np.zeros(len(bones)), []
-        for bone in range(len(bones)):
-            (users,) = np.nonzero(dense[:, bone] > 0)
-            others = np.where(near[users] == bone, -1, near[users])
-            found = _weights(thing.points[users], thing.moved[users], affine, others, np.zeros(others.shape), 0.0)
-            cost[bone] = (found[2] - misses[users]).sum()
-            farther[bone] = (np.sqrt(found[2] / thing.moments) - distance[users]).sum() / len(thing.points)
-            instead.append((users, *found[:2]))
+        users, gone = np.nonzero(dense)  # every bone of every point: what would the point do without?
+        others = np.where(near[users] == gone[:, None], -1, near[users])
+        joints, weights, after = _weights(thing.points, thing.moved, affine, users, others, np.zeros(others.shape), 0.0)
+        cost = np.bincount(gone, after - misses[users], len(bones))
+        farther = np.bincount(gone, np.sqrt(after / thing.moments) - distance[users], len(bones)) / len(distance)
         least = int(np.argmin(cost))
         mean = distance.mean()
         if len(bones) <= p.bones and mean + farther[least] > EXACT and farther[least] > WORTH * mean:
             break
-        users, joints, weights = instead[least]
-        skin.joints[users], skin.weights[users] = joints, weights
+        skin.joints[users[gone == least]], skin.weights[users[gone == least]] = joints[gone == least], weights[gone == least]
         skin = _Skin(np.where(skin.joints > least, skin.joints - 1, skin.joints), skin.weights)
         bones.keep(np.arange(len(bones)) != least)
         skin = _alternate(thing, skin, bones, p.scale, 3)
@@ -373,6 +370,9 @@ def _settle(thing: _Thing, skin: _Skin, bones: _Bones, progress: Progress) -> _S
 
 def _rig(thing: _Thing, skin: _Skin, bones: _Bones, place: Int[np.ndarray, "n"], centre: Float[np.ndarray, "3"], size: float) -> Rig:
     """Order, joints and directions of the bones (RASR 4.3 and 5): parents are those with which a bone shares most weight."""
+    used = np.unique(skin.joints)
+    bones.keep(used)
+    skin = _Skin(np.searchsorted(used, skin.joints), skin.weights)
     count = len(bones)
     dense = skin.dense(count)
     mass = (dense * thing.area[:, None]).sum(0)
@@ -551,15 +551,16 @@ def _moments(points, moved, joints, weights, bones):
 
 
 @parallel_kernel
-def _weights(points, moved, affine, near, drawn, smooth):
-    """For each point the weights >= 0 with sum 1 of at most MOST of the bones `near` it that minimise the sum over moments of the squared
-    distance, plus `smooth` |weights - drawn|^2. Returns joints and weights, the heaviest first, and that sum of squared distances."""
-    count, moments, most = len(points), affine.shape[1], near.shape[1]
+def _weights(points, moved, affine, which, near, drawn, smooth):
+    """For each point of `which` the weights >= 0 with sum 1 of at most MOST of the bones `near` it that minimise the sum over moments of
+    the squared distance, plus `smooth` |weights - drawn|^2. Returns joints and weights, the heaviest first, and that sum of squared
+    distances."""
+    count, moments, most = len(which), affine.shape[1], near.shape[1]
     joints = np.zeros((count, MOST), np.int64)
     weights = np.zeros((count, MOST))
     misses = np.empty(count)
     for i in prange(count):
-        x, y, z = points[i]
+        x, y, z = points[which[i]]
         own = np.empty(most, np.int64)
         size = 0
         for c in range(most):
@@ -571,7 +572,7 @@ def _weights(points, moved, affine, near, drawn, smooth):
             for t in range(moments):
                 for r in range(3):
                     a = affine[near[i, own[c]], t, r]
-                    off[c, 3 * t + r] = a[0] * x + a[1] * y + a[2] * z + a[3] - moved[i, t, r]
+                    off[c, 3 * t + r] = a[0] * x + a[1] * y + a[2] * z + a[3] - moved[which[i], t, r]
         gram = np.empty((size, size))
         slope = np.empty(size)
         for c in range(size):
