@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import queue
 import shutil
@@ -33,6 +34,7 @@ from .protocol.client import FINAL
 from .protocol.errors import Cancelled, KilnError
 
 BUSY, IDLE = 0.1, 0.5  # seconds between two looks at the queues
+TURN = 0.1  # seconds that each picture of a turning result is shown
 STORED = ("artifacts", "uploads", "stages", "runs", "temporary", "logs")  # the backend's folders in Kiln's home, beside its database
 LOG_LINES = 20  # of a job's log, kept for the panel
 ICONS = {"queued": "TIME", "running": "RENDER_ANIMATION", "cancelling": "CANCEL", "done": "CHECKMARK", "failed": "ERROR", "cancelled": "X"}
@@ -87,6 +89,8 @@ class Session:
         self.disk: int | None = None  # bytes of the backend's environment
         self.environment = "missing"  # environment.state()
         self.pictures = bpy.utils.previews.new()
+        self.turntables: dict[str, list[str]] = {}  # names of the pictures of results that move, by job
+        self.turned = -math.inf  # when one of them was last drawn
         self._speeds: dict[str, float] = {}  # by recipe, until a job or the backend changes
         self._then: dict[int, Callable] = {}
         self._starting = 0  # ticket of the last "start" until it is answered
@@ -208,6 +212,7 @@ class Session:
                 self.note(error)
             else:
                 job.results = folder
+                self._show_turntable(job)
 
         ticket = self.ask("fetch", fetched, job=job.data, folder=folder)
         self._uploads[ticket] = job.data["id"]
@@ -228,8 +233,9 @@ class Session:
 
     def _forget(self, job: Job) -> None:
         self.jobs.pop(job.data["id"], None)
-        if job.data["id"] in self.pictures:
-            del self.pictures[job.data["id"]]
+        for name in [job.data["id"], *self.turntables.pop(job.data["id"], ())]:
+            if name in self.pictures:
+                del self.pictures[name]
         for folder in (job.results, job.views):
             if folder:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -262,9 +268,12 @@ class Session:
         except Exception:  # a timer that raises is never called again
             traceback.print_exc()
             moved = True
-        if moved:
+        turning = time.monotonic() - self.turned < 10 * TURN
+        if moved or turning:
             redraw()
         active = any(job.state not in FINAL or job.transfer is not None for job in self.jobs.values())
+        if turning:
+            return TURN
         return BUSY if active or moved or self.setting_up or self.backend["state"] in ("looking", "starting") else IDLE
 
     def drain(self) -> bool:
@@ -541,7 +550,10 @@ class Session:
             window.active_job = wanted.index(select)
 
     def icon(self, job: Job) -> int:
-        """Blender's icon number of the job's newest picture, 0 without one."""
+        """Blender's icon number of the job's newest picture, 0 without one; of what moves, the picture of this moment."""
+        if turning := self.turntables.get(job.data["id"]):
+            self.turned = time.monotonic()  # the timer goes on drawing while somebody looks
+            return self.pictures[turning[int(self.turned / TURN) % len(turning)]].icon_id
         return self.pictures[job.data["id"]].icon_id if job.data["id"] in self.pictures else 0
 
     def _show_picture(self, job: Job) -> None:
@@ -551,6 +563,16 @@ class Session:
             del self.pictures[name]
         if job.picture:
             self.pictures.load(name, str(job.picture), "IMAGE").image_size[:]
+
+    def _show_turntable(self, job: Job) -> None:
+        """Loads the pictures of a result that moves, if it has any."""
+        names = []
+        for path in sorted((job.results / "turntable").glob("*.png")):
+            names.append(f"{job.data['id']}/{path.stem}")
+            if names[-1] not in self.pictures:
+                self.pictures.load(names[-1], str(path), "IMAGE").image_size[:]
+        if names:
+            self.turntables[job.data["id"]] = names
 
     def expected_seconds(self, recipe: str, values: dict) -> float | None:
         """The longest that a job with exactly these parameters took here (one that found finished stages took less); None without one:

@@ -28,7 +28,6 @@ from backend.views.views import Frame
 SHOWN = 6  # moments of the comparison picture
 TURNS = 36  # pictures of the turntable
 TURNTABLE = 192  # pixels of each
-COLUMNS = 6  # pictures in a row of it
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class MotionScores:
 
     figures: dict[str, Any]
     comparison: UInt8[np.ndarray, "h w 3"]  # a column a moment; rows: source, splats, mesh, mesh by its bones
-    turntable: UInt8[np.ndarray, "h w 4"]  # pictures, row by row: once round the mesh, while it moves
+    turntable: UInt8[np.ndarray, "n h w 4"]  # once round the mesh, while it moves
     preview: UInt8[np.ndarray, "h w 4"]  # the mesh at rest
 
 
@@ -53,7 +52,7 @@ class AnimatedAsset:
 
     def save(self, folder: Path) -> None:
         """Every result: mesh.glb (at rest), shape_keys.glb, armature.glb (metres, Y up), splats.ply (at rest) and splats/NNNN.ply of each
-        frame (metres, Z up), report.json, comparison.png, preview.png, turntable.png."""
+        frame (metres, Z up), report.json, comparison.png, preview.png and turntable/NN.png."""
         glb.save(folder / "mesh.glb", self.mesh.mesh, self.frame, "mesh")
         glb.save_shape_keys(folder / "shape_keys.glb", self.mesh, self.frame, "mesh")
         glb.save_armature(folder / "armature.glb", self.mesh, self.rig, self.frame, "mesh")
@@ -63,7 +62,9 @@ class AnimatedAsset:
             ply.save(folder / "splats" / f"{frame_name(number)}.ply", self.splats.at(moment), self.frame)
         Image.fromarray(self.scores.comparison).save(folder / "comparison.png")
         Image.fromarray(self.scores.preview).save(folder / "preview.png")
-        Image.fromarray(self.scores.turntable).save(folder / "turntable.png")
+        (folder / "turntable").mkdir(exist_ok=True)
+        for number, picture in enumerate(self.scores.turntable):
+            Image.fromarray(picture).save(folder / "turntable" / f"{number:02}.png")
         report = {**self.report, **self.scores.figures}
         (folder / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
 
@@ -141,7 +142,7 @@ def measure(
     return MotionScores(figures, coded(np.concatenate(columns, 1)), _turntable(mesh), preview(mesh.mesh))
 
 
-def _turntable(mesh: AnimatedMesh) -> UInt8[np.ndarray, "h w 4"]:
+def _turntable(mesh: AnimatedMesh) -> UInt8[np.ndarray, "n h w 4"]:
     """Once round, at an even pace, through all moments."""
     corners = mesh.vertices.reshape(-1, 3)
     centre = (corners.min(0) + corners.max(0)) / 2
@@ -153,7 +154,7 @@ def _turntable(mesh: AnimatedMesh) -> UInt8[np.ndarray, "h w 4"]:
         angle = 2 * math.pi * turn / TURNS + math.radians(-60)
         eye = centre + distance * np.array([math.cos(angle) * 0.93, math.sin(angle) * 0.93, 0.37])
         pictures.append(_straight(*raster.render(at(mesh, moment), look_at(eye, centre, TURNTABLE, field_of_view))))
-    return coded(np.concatenate([np.concatenate(pictures[row : row + COLUMNS], 1) for row in range(0, TURNS, COLUMNS)], 0))
+    return coded(np.stack(pictures))
 
 
 def _straight(color: Float[np.ndarray, "h w 3"], alpha: Float[np.ndarray, "h w"]) -> Float[np.ndarray, "h w 4"]:
