@@ -7,6 +7,7 @@ motion is written down: it is for the backend to find. Within a step the user's 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Iterator
@@ -36,9 +37,7 @@ def resolved(values: dict, scene: bpy.types.Scene) -> dict:
     """A recipe's flat values with the frame range that they mean in this scene, where it is a recipe that has one."""
     if not values.get("capture.scene_frames"):
         return values
-    low, high = -1_000_000, 1_000_000
-    start, end = (min(max(frame, low), high) for frame in (scene.frame_start, scene.frame_end))
-    return {**values, "capture.frame_start": start, "capture.frame_end": end}
+    return {**values, "capture.frame_start": scene.frame_start, "capture.frame_end": scene.frame_end}
 
 
 def frames(p: recipes.CaptureMotion) -> range:
@@ -156,13 +155,15 @@ class MovingCapture(capture.Capture):
 
     def __init__(self, subject: Subject, p: recipes.CaptureMotion, folder: Path, seed: int = 0):
         """Raises KilnError("bad-parameter") for frames that make no motion; what the subject is unfit for, the first steps find."""
+        scene = capture._scene(subject)
+        if p.scene_frames:
+            p = dataclasses.replace(p, frame_start=scene.frame_start, frame_end=scene.frame_end)
         self.frames = frames(p)
         self._each = _each(p)
         passes = recipes.Capture(
             views=p.views, size=p.size, color=p.color, samples=p.samples, geometry=True, materials=p.materials, holdout=p.holdout
         )
         self._begin(subject, passes, folder, views_of(p, len(self.frames), seed))
-        scene = capture._scene(subject)
         self._fps = scene.render.fps / scene.render.fps_base
         begins = simulation_start(scene)
         self._simulated = begins is not None

@@ -197,7 +197,9 @@ class CaptureMotion:
     frame_end: int = _number(24, -1_000_000, 1_000_000, "Last frame, where the scene's range is not taken.")
     frame_step: int = _number(1, 1, 1000, "Every so many frames one is captured.")
     views: int = _number(8, 4, 200, "Cameras that see each frame.")
-    cameras: int = _number(24, 4, 200, "Cameras altogether: each frame is seen by the next few of them in turn.")
+    cameras: int = _number(
+        24, 4, 200, "Cameras altogether, rounded up to whole sets: each set surrounds the subject, and sees every so many frames."
+    )
     size: int = _number(256, 64, 4096, "Width and height of each view.", "px")
     color: str = _choice(
         "base_color",

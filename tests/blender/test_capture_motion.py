@@ -284,6 +284,15 @@ def test_each_frame_shows_what_playing_the_timeline_shows(tmp_path, make, at, mo
     assert moved > 0.2
 
 
+def test_the_scenes_own_range_is_taken_unless_another_is_set(tmp_path):
+    moving_cube()
+    scene = bpy.context.scene
+    scene.frame_start, scene.frame_end = 2, 4
+    subject = capture.subject(bpy.context)
+    assert list(capture_motion.MovingCapture(subject, dataclasses.replace(QUICK, scene_frames=True), tmp_path).frames) == [2, 4]
+    assert list(capture_motion.MovingCapture(subject, QUICK, tmp_path).frames) == [1, 3, 5]
+
+
 def test_one_sphere_holds_the_subject_at_all_frames(tmp_path):
     """It fills the pictures as a whole, and touches their edges in none."""
     moving_cube()
