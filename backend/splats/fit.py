@@ -75,20 +75,55 @@ class Schedule:
 SCHEDULE = Schedule()
 
 
-def fit(views: Views, p: recipes.Fit, seed: int, progress: Progress = silent, schedule: Schedule = SCHEDULE) -> Splats:
+def fit(
+    views: Views,
+    p: recipes.Fit,
+    seed: int,
+    progress: Progress = silent,
+    schedule: Schedule = SCHEDULE,
+    counts: Float[np.ndarray, "v h w"] | None = None,
+) -> Splats:
     """Splats (unit frame) that look like the views from their cameras; at most `p.splats`. Held-out views are not looked at.
+
+    counts: how much each pixel counts, 0 to 1 (any kind of number); a pixel of 0 may hold anything and is not looked at, though part of the
+    subject may lie there. None: all count.
 
     Same views, parameters, seed and device: the same splats, bit by bit on the CPU. Raises `KilnError("bad-input")` for views that no
     Gaussians can explain, `KilnError("no-device")` if `p.device` is not there.
     """
+    if counts is not None:
+        views, counts = _counted(views, counts)
     views = checked(views.for_fitting)
     if views.depth is not None and views.normals is not None:
         schedule = replace(schedule, end_decay=schedule.surface_end_decay, mean_share=0.0)
     if runs_on_cuda(p.device):
         from .gpu import fit_on_cuda
 
-        return fit_on_cuda(views, p, seed, progress, schedule)
-    return _fit_on_cpu(views, p, seed, progress, schedule)
+        return fit_on_cuda(views, p, seed, progress, schedule, counts)
+    return _fit_on_cpu(views, p, seed, progress, schedule, counts)
+
+
+def _counted(views: Views, counts: np.ndarray) -> tuple[Views, Float[np.ndarray, "v h w"]]:
+    """The views to be fitted, with pixels of no count black, solid and of unknown depth, and their counts."""
+    counts = np.asarray(counts, np.float32)
+    if counts.shape != views.alpha.shape or not (counts.min() >= 0 and counts.max() <= 1):
+        raise KilnError(
+            "bad-input",
+            f"Pixels' counts of shape {counts.shape} do not fit views of shape {views.alpha.shape}, or are not from 0 to 1.",
+            "Give one number from 0 to 1 for each pixel of each view.",
+        )
+    views, counts = views.for_fitting, counts[~views.holdout]
+    if float(np.where(counts > 0, views.alpha, 0).max()) < 0.5:
+        raise KilnError("bad-input", "No view shows anything solid where pixels count.", "Check which pixels are to be ignored.")
+    ignored = counts == 0
+    # Solid: the hull holds what any view may show there, and no term of the loss pushes splats away from it.
+    return replace(
+        views,
+        images=np.where(ignored[..., None], np.float32(0), views.images),
+        alpha=np.where(ignored, np.float32(1), views.alpha),
+        depth=None if views.depth is None else np.where(ignored, np.float32(0), views.depth),
+        normals=None if views.normals is None else np.where(ignored[..., None], np.zeros(1, views.normals.dtype), views.normals),
+    ), counts
 
 
 def checked(views: Views) -> Views:
@@ -118,12 +153,18 @@ def runs_on_cuda(device: str) -> bool:
     return not reason
 
 
-def first_splats(views: Views, p: recipes.Fit, random: np.random.Generator, schedule: Schedule) -> Splats:
+def first_splats(
+    views: Views,
+    p: recipes.Fit,
+    random: np.random.Generator,
+    schedule: Schedule,
+    counts: Float[np.ndarray, "v h w"] | None = None,
+) -> Splats:
     """Where the fit begins: on the views' depth, or in their hull."""
     known = views.depth is not None and views.normals is not None
     count = max(int(p.splats * (schedule.surface_share if known else schedule.start_share)), min(p.splats, 200))
     place = on_surface if known else in_hull
-    return place(views, count, p.sh_degree, random)
+    return place(views, count, p.sh_degree, random, counts)
 
 
 def rates(schedule: Schedule, rows: int, done: float) -> Float[np.ndarray, "rows"]:
@@ -224,13 +265,21 @@ def shape_weights(views: Views, p: recipes.Fit) -> ShapeWeights:
     return ShapeWeights(normal, p.flat_weight, p.hull_weight, p.distortion_weight if views.depth is None else 0.0)
 
 
-def _fit_on_cpu(views: Views, p: recipes.Fit, seed: int, progress: Progress, schedule: Schedule) -> Splats:
+def _fit_on_cpu(
+    views: Views,
+    p: recipes.Fit,
+    seed: int,
+    progress: Progress,
+    schedule: Schedule,
+    counts: Float[np.ndarray, "v h w"] | None,
+) -> Splats:
     progress(0.0, "Placing splats")
     random = np.random.default_rng(seed)
-    start = first_splats(views, p, random, schedule)
+    start = first_splats(views, p, random, schedule, counts)
     progress(0.02, "Preparing (the first time on a computer takes a few seconds more)")
     parameters, count = pack(start), len(start)
     targets = [_target(views, i) for i in range(len(views))]
+    shares = None if counts is None else [_padded(one) for one in counts]
     weights = Weights(p.ssim_weight, p.alpha_weight, p.depth_weight if views.depth is not None else 0.0)
     shape = shape_weights(views, p)
     rasteriser, adam = Rasteriser(), Adam(parameters)
@@ -247,7 +296,9 @@ def _fit_on_cpu(views: Views, p: recipes.Fit, seed: int, progress: Progress, sch
         background = np.zeros(3, np.float32) if plain else random.random(3, dtype=np.float32)
         rasteriser.project(parameters, count, views.cameras[index])
         planes = rasteriser.compose()
-        loss, plane_gradients = loss_and_gradients(rasteriser, planes, *targets[index], background, weights)
+        loss, plane_gradients = loss_and_gradients(
+            rasteriser, planes, *targets[index], background, weights, None if shares is None else shares[index]
+        )
         if not np.isfinite(loss):
             raise KilnError(
                 "fit-diverged", f"The fit broke down at step {step}: its loss is no number.", "Try another seed or fewer splats."

@@ -54,6 +54,7 @@ class Engine:
     room: Callable = lambda: None
 
 
+FOREIGN = (ImportError, OSError, RuntimeError, TypeError, ValueError, AttributeError)  # whatever a build of somebody else's may raise
 _FAILED: dict[str, str] = {}  # engines that could not be loaded or drew nonsense in this process, and why
 
 
@@ -164,14 +165,18 @@ def engine_for_this_gpu(progress: Progress = silent) -> Engine | None:
             problem = _wrong(engine.draw, "cuda")
         except torch.cuda.OutOfMemoryError:
             raise
-        except (ImportError, OSError, RuntimeError, TypeError, ValueError, AttributeError) as error:  # whatever a foreign build may raise
-            last = (str(error).strip().splitlines() or [""])[-1]
-            problem = f"could not be built or loaded ({type(error).__name__}: {last[:200]})"
+        except FOREIGN as error:
+            problem = _said(error)
         if not problem:
             return engine
         _FAILED[name] = f"{name} {problem}"
         print(f"The GPU engine {_FAILED[name]}", file=sys.stderr)
     return None
+
+
+def _said(error: Exception) -> str:
+    last = (str(error).strip().splitlines() or [""])[-1]
+    return f"could not be built or loaded ({type(error).__name__}: {last[:200]})"
 
 
 def _gsplat(progress: Progress) -> Engine:
@@ -181,7 +186,27 @@ def _gsplat(progress: Progress) -> Engine:
 
     if _C is None:
         raise ImportError("no kernels")
-    return Engine("gsplat", draw_with_gsplat, loss_in_torch if why_no_warp() else _warp(progress).loss)
+    return Engine("gsplat", draw_with_gsplat, _loss_beside_gsplat(progress))
+
+
+def _loss_beside_gsplat(progress: Progress) -> Callable:
+    """Warp's loss, the quicker one, where it gives what plain torch does; else torch's."""
+    import torch
+
+    if why_no_warp():
+        return loss_in_torch
+    try:
+        loss = _warp(progress).loss
+        problem = _wrong_loss(loss, "cuda")
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except FOREIGN as error:
+        problem = _said(error)
+    if not problem:
+        return loss
+    _FAILED["Warp"] = f"Warp {problem}"
+    print(f"The GPU engine {_FAILED['Warp']}", file=sys.stderr)
+    return loss_in_torch
 
 
 @cache
@@ -257,6 +282,24 @@ def _wrong(draw: Callable, device: str) -> str:
     gradients = torch.cat([part.grad.reshape(count, -1) for part in truth], 1).T
     off = float((matrix.grad.cpu() - gradients).norm() / gradients.norm())
     return "" if off < WITHIN else f"finds other gradients than the CPU (by {off:.2g})"
+
+
+def _wrong_loss(loss: Callable, device: str) -> str:
+    """What is wrong with a loss and its gradient, as the end of a sentence; plain torch says what they should be."""
+    import torch
+
+    random = torch.Generator().manual_seed(0)
+    planes, targets = (torch.rand((2, 5, 24, 40), generator=random).to(device) for _ in range(2))
+    backgrounds, counts = torch.rand((2, 3), generator=random).to(device), torch.rand((2, 24, 40), generator=random).to(device)
+    found = []
+    for one in (loss, loss_in_torch):
+        drawn = planes.clone().requires_grad_()
+        value = one(drawn, targets, backgrounds, Weights(0.2, 0.5, 0.1), counts)
+        value.backward()
+        found.append((value.item(), drawn.grad))
+    (value, gradient), (truth, wanted) = found
+    off = max(abs(value / truth - 1), float((gradient - wanted).norm() / wanted.norm()))
+    return "" if off < WITHIN else f"finds another loss than torch (by {off:.2g})"
 
 
 # ---------------------------------------------------------------- gsplat in this project's conventions
@@ -352,19 +395,20 @@ def _depth_planes(means, quaternions, scales, views, lenses, width: int, height:
     return torch.stack([z - slope_x * u - slope_y * v, slope_x, slope_y], -1)
 
 
-def loss_in_torch(planes, targets, backgrounds, weights: Weights):
+def loss_in_torch(planes, targets, backgrounds, weights: Weights, counts=None):
     """`loss_warp.loss_of` in plain torch, for a GPU that Warp does not run on; several times slower."""
     import torch
 
     alpha, background = planes[:, 4:5], backgrounds[:, :, None, None]
-    picture = planes[:, :3] + (1 - alpha) * background
+    share = 1.0 if counts is None else counts[:, None]
     truth = targets[:, :3] + (1 - targets[:, 3:4]) * background
-    loss = (1 - weights.ssim) * (picture - truth).abs().mean() + weights.alpha * (alpha - targets[:, 3:4]).abs().mean()
+    picture = truth + share * (planes[:, :3] + (1 - alpha) * background - truth)
+    loss = (1 - weights.ssim) * (picture - truth).abs().mean() + weights.alpha * (share * (alpha - targets[:, 3:4])).abs().mean()
     if weights.ssim > 0:
         loss = loss + weights.ssim * _dissimilarity(picture, truth)
     if weights.depth > 0:
         known = targets[:, 4:5]
-        loss = loss + weights.depth * torch.where(known > 0, (planes[:, 3:4] - known * alpha).abs(), 0).mean()
+        loss = loss + weights.depth * torch.where(known > 0, share * (planes[:, 3:4] - known * alpha).abs(), 0).mean()
     return loss
 
 
@@ -390,7 +434,7 @@ def _dissimilarity(a, b):
 # ---------------------------------------------------------------- the fit
 
 
-def fit_on_cuda(views: Views, p: recipes.Fit, seed: int, progress: Progress, schedule) -> Splats:
+def fit_on_cuda(views: Views, p: recipes.Fit, seed: int, progress: Progress, schedule, counts=None) -> Splats:
     """`fit.fit` on the first NVIDIA GPU. Gradients are summed by atomics: results repeat closely, not bit by bit.
 
     Where no engine turns out to work, the CPU fits, unless the GPU was asked for by name (`KilnError("no-device")`).
@@ -404,8 +448,8 @@ def fit_on_cuda(views: Views, p: recipes.Fit, seed: int, progress: Progress, sch
         if engine is None:
             shared.runs_on_cuda(p.device)  # refuses where the GPU was asked for
             progress(0.0, sentence(p.device))
-            return shared._fit_on_cpu(views, p, seed, progress, schedule)
-        return fit_with(engine, torch.device("cuda"), views, p, seed, progress, schedule)
+            return shared._fit_on_cpu(views, p, seed, progress, schedule, counts)
+        return fit_with(engine, torch.device("cuda"), views, p, seed, progress, schedule, counts)
     except torch.cuda.OutOfMemoryError:
         free, all_of_it = (round(size / 2**30, 1) for size in torch.cuda.mem_get_info())
         raise KilnError(
@@ -414,7 +458,7 @@ def fit_on_cuda(views: Views, p: recipes.Fit, seed: int, progress: Progress, sch
         ) from None  # fmt: skip
 
 
-def fit_with(engine: Engine, device, views: Views, p: recipes.Fit, seed: int, progress: Progress, schedule) -> Splats:
+def fit_with(engine: Engine, device, views: Views, p: recipes.Fit, seed: int, progress: Progress, schedule, counts=None) -> Splats:
     """The fit by an engine on a torch device. Between reports and rounds of growth the host never waits for the device."""
     import torch
 
@@ -424,13 +468,14 @@ def fit_with(engine: Engine, device, views: Views, p: recipes.Fit, seed: int, pr
     progress(0.0, "Placing splats")
     random = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    start = shared.first_splats(views, p, random, schedule)
+    start = shared.first_splats(views, p, random, schedule, counts)
     progress(0.02, "Preparing the GPU")
     height, width = views.alpha.shape[1:]
     weights = Weights(p.ssim_weight, p.alpha_weight, p.depth_weight if views.depth is not None else 0.0)
     targets = torch.empty((len(views), 5, height, width), device=device)
     for index, target in enumerate(targets):
         target.copy_(torch.from_numpy(_target(views, index)))
+    shares = None if counts is None else torch.tensor(counts, device=device)
     cameras = torch.tensor(np.stack([camera_numbers(camera) for camera in views.cameras]), device=device)
     shape = shared.shape_weights(views, p)
     normals = (
@@ -454,7 +499,7 @@ def fit_with(engine: Engine, device, views: Views, p: recipes.Fit, seed: int, pr
         planes = engine.draw(matrix, before, width, height, state.pulled, state.room)
         plain = step % 2 == 1 or not p.random_background
         background = black if plain else torch.rand((at_once, 3), device=device)
-        loss = engine.loss(planes, target, background, weights)
+        loss = engine.loss(planes, target, background, weights, None if shares is None else shares.index_select(0, chosen))
         if shape:
             depth, facing = target[:, 4], None if normals is None else normals.index_select(0, chosen).float()
             if shape.normal > 0 and facing is None:

@@ -1,6 +1,7 @@
 """What `loss.py` minimises, for pictures of several views that lie on an NVIDIA GPU: value and gradient in four kernels of NVIDIA Warp.
 
 The window goes over the pictures along the rows and then down the columns, each time for all that the next kernel needs at a place.
+Places are counted in 32 bits, as Warp does: views too large for that together are compared some at a time.
 """
 # ruff: noqa: UP018  (see raster_warp.py)
 
@@ -14,6 +15,9 @@ from .loss import _TAPS, Weights
 from .raster_warp import Floats, launch, quad
 
 wp.set_module_options({"enable_backward": False, "default_grid_stride": False})
+
+MOST_VALUES = 2**31 - 1  # of one array
+MAPS = 12  # values for each pixel between the kernels: four for each channel
 
 _REACH = wp.constant(5)  # pixels that the window reaches to each side
 _C1 = wp.constant(0.01**2)  # SSIM's constants for pictures in [0, 1]
@@ -40,7 +44,7 @@ def shade(values: Floats, first: int, alpha: int, background: float) -> float:
 
 @wp.kernel
 def look_along(
-    planes: Floats, targets: Floats, backgrounds: Floats, width: int, height: int, maps: Floats
+    planes: Floats, targets: Floats, backgrounds: Floats, counts: Floats, masked: bool, width: int, height: int, maps: Floats
 ):  # fmt: skip
     """The window along the rows, of picture, target, the sum of their squares and their product; one thread a value of the picture."""
     i = wp.tid()
@@ -60,6 +64,8 @@ def look_along(
         if at >= 0 and at < width:
             a = shade(planes, row + channel * area + at, row + 4 * area + at, background)
             b = shade(targets, row + channel * area + at, row + 3 * area + at, background)
+            if masked:
+                a = b + counts[view * area + y * width + at] * (a - b)
             tap = _WINDOW[k]
             mean_a += tap * a
             mean_b += tap * b
@@ -115,6 +121,8 @@ def compare(
     planes: Floats,
     targets: Floats,
     backgrounds: Floats,
+    counts: Floats,
+    masked: bool,
     maps: Floats,
     width: int,
     height: int,
@@ -132,21 +140,25 @@ def compare(
     within = i % area
     y = within / width
     here = view * 5 * area + within
+    share = float(1.0)
+    if masked:
+        share = counts[i]
     alpha = planes[here + 4 * area]
     truth = targets[here + 3 * area]
     off = alpha - truth
-    by_alpha = w_alpha * signum(off)
-    loss = w_alpha * wp.abs(off)
+    by_alpha = share * w_alpha * signum(off)
+    loss = share * w_alpha * wp.abs(off)
     # D - d A = sum of w (z - d): each Gaussian is drawn to the depth that the view has, in proportion to its share.
     known = targets[here + 4 * area]
     off = planes[here + 3 * area] - known * alpha
-    by_depth = wp.where(known > 0.0, w_depth * signum(off), 0.0)
-    loss += wp.where(known > 0.0, w_depth * wp.abs(off), 0.0)
+    by_depth = wp.where(known > 0.0, share * w_depth * signum(off), 0.0)
+    loss += wp.where(known > 0.0, share * w_depth * wp.abs(off), 0.0)
     by_alpha -= known * by_depth
     for channel in range(3):
         background = backgrounds[3 * view + channel]
         a = planes[here + channel * area] + background * (1.0 - alpha)
         b = targets[here + channel * area] + background * (1.0 - truth)
+        a = b + share * (a - b)
         gradient = w_l1 * signum(a - b)
         loss += w_l1 * wp.abs(a - b)
         if w_ssim > 0.0:
@@ -159,6 +171,7 @@ def compare(
                     total += _WINDOW[k] * wp.vec3(four[0], four[1], four[2])
             gradient -= w_ssim * (total[0] + a * total[1] + b * total[2])
             loss += maps[4 * place + 3]
+        gradient *= share
         gradients[here + channel * area] = gradient
         by_alpha -= background * gradient
     gradients[here + 3 * area] = by_depth
@@ -168,29 +181,40 @@ def compare(
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, planes, targets, backgrounds, weights):
+    def forward(ctx, planes, targets, backgrounds, weights, counts):
         views, _, height, width = planes.shape
-        pixels = views * height * width
-        device = planes.device
-        planes = planes.detach().contiguous()
-        maps = torch.empty(4 * 3 * pixels if weights.ssim > 0 else 1, dtype=torch.float32, device=device)
-        pictures = [planes.view(-1), targets.contiguous().view(-1), backgrounds.reshape(-1)]
-        if weights.ssim > 0:
-            slopes = torch.empty_like(maps)
-            launch(look_along, 3 * pixels, [*pictures, width, height, maps], device)
-            launch(look_down, 3 * pixels, [maps, width, height, weights.ssim / (3 * pixels), slopes], device)
-            launch(spread_along, 3 * pixels, [slopes, width, maps], device)
+        planes, targets, backgrounds = planes.detach().contiguous(), targets.contiguous(), backgrounds.contiguous()
         gradients = torch.empty_like(planes)
-        losses = torch.empty(pixels, dtype=torch.float32, device=device)
-        factors = [(1 - weights.ssim) / (3 * pixels), weights.ssim / (3 * pixels), weights.alpha / pixels, weights.depth / pixels]
-        launch(compare, pixels, [*pictures, maps, width, height, *factors, gradients.view(-1), losses], device)
+        losses = torch.empty((views, height, width), dtype=torch.float32, device=planes.device)
+        at_once = max(1, MOST_VALUES // (MAPS * height * width))
+        for first in range(0, views, at_once):
+            part = slice(first, first + at_once)
+            some = None if counts is None else counts[part].contiguous()
+            _compare(planes[part], targets[part], backgrounds[part], weights, some, views, gradients[part], losses[part])
         ctx.save_for_backward(gradients)
         return losses.sum()
 
     @staticmethod
     def backward(ctx, by_loss):
         (gradients,) = ctx.saved_tensors
-        return gradients * by_loss, None, None, None
+        return gradients * by_loss, None, None, None, None
+
+
+def _compare(planes, targets, backgrounds, weights: Weights, counts, all_views: int, gradients, losses) -> None:
+    """Fills in loss and gradient of some views; means go over `all_views`."""
+    views, _, height, width = planes.shape
+    device, pixels, values = planes.device, views * height * width, 3 * all_views * height * width
+    none = torch.empty(1, dtype=torch.float32, device=device)
+    given = [planes.view(-1), targets.view(-1), backgrounds.view(-1), none if counts is None else counts.view(-1), counts is not None]
+    maps = none
+    if weights.ssim > 0:
+        maps = torch.empty(MAPS * pixels, dtype=torch.float32, device=device)
+        slopes = torch.empty_like(maps)
+        launch(look_along, 3 * pixels, [*given, width, height, maps], device)
+        launch(look_down, 3 * pixels, [maps, width, height, weights.ssim / values, slopes], device)
+        launch(spread_along, 3 * pixels, [slopes, width, maps], device)
+    factors = [(1 - weights.ssim) / values, weights.ssim / values, 3 * weights.alpha / values, 3 * weights.depth / values]
+    launch(compare, pixels, [*given, maps, width, height, *factors, gradients.view(-1), losses.view(-1)], device)
 
 
 def loss_of(
@@ -198,9 +222,11 @@ def loss_of(
     targets: Float[torch.Tensor, "v 5 h w"],
     backgrounds: Float[torch.Tensor, "v 3"],
     weights: Weights,
+    counts: Float[torch.Tensor, "v h w"] | None = None,
 ) -> Float[torch.Tensor, ""]:
     """The mean over the pictures of what `loss.loss_and_gradients` says of one, with its gradient.
 
-    planes: red, green, blue on black, depth, alpha. targets: red, green, blue on black, alpha, depth (0 where unknown).
+    planes: red, green, blue on black, depth, alpha. targets: red, green, blue on black, alpha, depth (0 where unknown). counts: how much
+    each pixel counts, 0 to 1.
     """
-    return _Loss.apply(planes, targets, backgrounds, weights)
+    return _Loss.apply(planes, targets, backgrounds, weights, counts)

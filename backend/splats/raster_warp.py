@@ -512,14 +512,28 @@ def find_tiles(keys: Longs, count: int, starts: Ints, stops: Ints):
 
 
 @wp.func
-def pixel_of(i: int, tile: int, tiles_x: int) -> wp.vec2i:
-    """The pixel of a thread: 32 threads hold 8 x 4 pixels, and eight such groups a tile."""
+def pixel_of(i: int, tiles_x: int, tiles_y: int) -> wp.vec4i:
+    """Tile (counted through all views), view, column and row of a thread: 32 threads hold 8 x 4 pixels, and eight such groups a tile."""
+    number = i / _PIXELS
+    tile = number % (tiles_x * tiles_y)
     within = i % _PIXELS
     lane = within % 32
     group = within / 32
     x = (tile % tiles_x) * _EDGE + (group % 2) * 8 + lane % 8
     y = (tile / tiles_x) * _EDGE + (group / 2) * 4 + lane / 8
-    return wp.vec2i(x, y)
+    return wp.vec4i(number, number / (tiles_x * tiles_y), x, y)
+
+
+@wp.func
+def first_plane(view: int, x: int, y: int, width: int, height: int) -> int:
+    """Where a pixel's red lies in planes (view, plane, row, column)."""
+    return view * 5 * width * height + y * width + x
+
+
+@wp.func
+def exponent(head: wp.vec4, tail: wp.vec4, dx: float, dy: float) -> float:
+    """How far a place is from a Gaussian's centre: -log of its share in the opacity. head, tail: its record."""
+    return 0.5 * (head[2] * dx * dx + tail[0] * dy * dy) + head[3] * dx * dy
 
 
 @wp.kernel
@@ -539,14 +553,12 @@ def compose(
 ):
     """Front-to-back compositing into `planes` (view, plane, row, column). `lasts`: one past the last entry that each pixel took."""
     i = wp.tid()
-    number = i / _PIXELS
-    view = number / (tiles_x * tiles_y)
-    pixel = pixel_of(i, number % (tiles_x * tiles_y), tiles_x)
-    if pixel[0] >= width or pixel[1] >= height:
+    here = pixel_of(i, tiles_x, tiles_y)
+    if here[2] >= width or here[3] >= height:
         lasts[i] = 0
         return
-    x = float(pixel[0]) + 0.5
-    y = float(pixel[1]) + 0.5
+    x = float(here[2]) + 0.5
+    y = float(here[3]) + 0.5
     transmittance = float(1.0)
     f0 = float(0.0)
     f1 = float(0.0)
@@ -554,13 +566,13 @@ def compose(
     f3 = float(0.0)
     alpha = float(0.0)
     last = int(0)
-    for e in range(starts[number], stops[number]):
+    for e in range(starts[here[0]], stops[here[0]]):
         r = entries[e]
         head = quad(records, 2 * r)
         tail = quad(records, 2 * r + 1)
         dx = x - head[0]
         dy = y - head[1]
-        sigma = 0.5 * (head[2] * dx * dx + tail[0] * dy * dy) + head[3] * dx * dy
+        sigma = exponent(head, tail, dx, dy)
         if sigma <= tail[2]:
             weight = transmittance * wp.min(tail[1] * falloff(sigma), _MOST_ALPHA)
             left = transmittance - weight
@@ -575,7 +587,7 @@ def compose(
             transmittance = left
             last = e + 1
     area = width * height
-    place = view * 5 * area + pixel[1] * width + pixel[0]
+    place = first_plane(here[1], here[2], here[3], width, height)
     planes[place] = f0
     planes[place + area] = f1
     planes[place + 2 * area] = f2
@@ -602,11 +614,9 @@ def compose_back(
 ):
     """Adds to `slots` the gradients of `planes`, front to back as `raster_cpu.compose_back` explains."""
     i = wp.tid()
-    number = i / _PIXELS
-    view = number / (tiles_x * tiles_y)
-    pixel = pixel_of(i, number % (tiles_x * tiles_y), tiles_x)
-    x = float(pixel[0]) + 0.5
-    y = float(pixel[1]) + 0.5
+    here = pixel_of(i, tiles_x, tiles_y)
+    x = float(here[2]) + 0.5
+    y = float(here[3]) + 0.5
     last = lasts[i]
     transmittance = float(1.0)
     rest = float(0.0)
@@ -617,7 +627,7 @@ def compose_back(
     ga = float(0.0)
     if last > 0:
         area = width * height
-        place = view * 5 * area + pixel[1] * width + pixel[0]
+        place = first_plane(here[1], here[2], here[3], width, height)
         g0 = gradients[place]
         g1 = gradients[place + area]
         g2 = gradients[place + 2 * area]
@@ -626,13 +636,13 @@ def compose_back(
         rest = g0 * planes[place] + g1 * planes[place + area] + g2 * planes[place + 2 * area]
         rest += g3 * planes[place + 3 * area] + ga * planes[place + 4 * area]
     # Neighbouring threads stay together from here on, since they add up their shares.
-    for e in range(starts[number], greatest_of_threads(last)):
+    for e in range(starts[here[0]], greatest_of_threads(last)):
         r = entries[e]
         head = quad(records, 2 * r)
         tail = quad(records, 2 * r + 1)
         dx = x - head[0]
         dy = y - head[1]
-        sigma = 0.5 * (head[2] * dx * dx + tail[0] * dy * dy) + head[3] * dx * dy
+        sigma = exponent(head, tail, dx, dy)
         takes_part = e < last and sigma <= tail[2]
         if any_thread(takes_part):
             weight = float(0.0)

@@ -24,23 +24,31 @@ BASE_SHARE = 0.25  # of the splats on a surface are spread evenly; the rest go w
 HALVINGS = 2  # how often an even cell may be halved there
 
 
-def on_surface(views: Views, count: int, sh_degree: int, random: np.random.Generator) -> Splats:
-    """Flat Gaussians on the surface that depth and normals of all views show, at most `count`: more where colours change within less."""
-    return on_points(*surface_points(views), count, sh_degree, random)
+def on_surface(
+    views: Views, count: int, sh_degree: int, random: np.random.Generator, counts: Float[np.ndarray, "v h w"] | None = None
+) -> Splats:
+    """Flat Gaussians on the surface that depth and normals of all views show, at most `count`: more where colours change within less.
+
+    counts: how much each pixel counts, 0 to 1.
+    """
+    return on_points(*surface_points(views, counts), count, sh_degree, random)
 
 
 def surface_points(
-    views: Views,
+    views: Views, counts: Float[np.ndarray, "v h w"] | None = None
 ) -> tuple[Float[np.ndarray, "n 3"], Float[np.ndarray, "n 3"], Float[np.ndarray, "n 3"], Float[np.ndarray, "n"]]:
     """The points of all views' pixels, their colours and normals, and how well each is seen."""
     found: list[tuple] = []
     for i, camera in enumerate(views.cameras):
         solid = (views.alpha[i] > SOLID) & (views.depth[i] > 0)
+        if counts is not None:
+            solid &= counts[i] > 0
         points, normals = camera.unproject(views.depth[i])[solid], views.normals[i][solid]
         towards = camera.centre - points
         facing = (towards * normals).sum(1) / np.linalg.norm(towards, axis=1)
         # A view that looks along the surface smears its colours over it.
-        found.append((points, views.images[i][solid], normals, np.maximum(facing, 0.05) ** 2))
+        share = np.maximum(facing, 0.05) ** 2 * (1.0 if counts is None else counts[i][solid])
+        found.append((points, views.images[i][solid], normals, share))
     points, colors, normals, weights = (np.concatenate(part) for part in zip(*found, strict=True))
     return points, colors, normals, weights
 
@@ -62,18 +70,25 @@ def on_points(points, colors, normals, weights, count: int, sh_degree: int, rand
     return _splats(points, _quaternions_to(normals), scales, SURFACE_OPACITY, colors, sh_degree)
 
 
-def in_hull(views: Views, count: int, sh_degree: int, random: np.random.Generator) -> Splats:
-    """Round Gaussians in the shell of the visual hull (Laurentini 1994), at most `count`, coloured by the views that face them."""
+def in_hull(
+    views: Views, count: int, sh_degree: int, random: np.random.Generator, counts: Float[np.ndarray, "v h w"] | None = None
+) -> Splats:
+    """Round Gaussians in the shell of the visual hull (Laurentini 1994), at most `count`, coloured by the views that face them.
+
+    counts: how much each pixel's colour counts, 0 to 1; its silhouette is the alpha's all the same.
+    """
     axis = (np.arange(HULL_GRID) + 0.5) / HULL_GRID * 2 - 1
     centres = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
-    inside = np.zeros(len(centres), np.int32)
+    left, outside = np.arange(len(centres)), np.zeros(len(centres), np.int32)  # cells that may still belong to the hull
     for i, camera in enumerate(views.cameras):
         # A cell is as wide as several pixels, so silhouettes grow by half a cell: thin parts leave a hull.
         cell = camera.fx * 2 / HULL_GRID / np.linalg.norm(camera.centre)
         solid = binary_dilation(views.alpha[i] > SOLID, iterations=max(1, round(cell / 2)))
-        hit, visible = _look_up(solid, camera, centres)
-        inside += hit & visible
-    hull = (inside >= VOTES * len(views)).reshape((HULL_GRID,) * 3)  # the unit sphere is what all views show
+        hit, visible = _look_up(solid, camera, centres[left])
+        outside[left] += ~(hit & visible)
+        left = left[len(views) - outside[left] >= VOTES * len(views)]
+    hull = np.zeros((HULL_GRID,) * 3, bool)  # the unit sphere is what all views show
+    hull.reshape(-1)[left] = True
     if not hull.any():
         raise KilnError(
             "bad-input", "The silhouettes of the views do not fit together: they enclose nothing.",
@@ -88,7 +103,8 @@ def in_hull(views: Views, count: int, sh_degree: int, random: np.random.Generato
     outward = _outward(hull, points)
     spacing = _spacing(points)
     quaternions = np.tile([1.0, 0.0, 0.0, 0.0], (len(points), 1))
-    return _splats(points, quaternions, np.repeat(spacing[:, None], 3, 1), OPACITY, _facing_colors(views, points, outward), sh_degree)
+    colors = _facing_colors(views, points, outward, counts)
+    return _splats(points, quaternions, np.repeat(spacing[:, None], 3, 1), OPACITY, colors, sh_degree)
 
 
 def _look_up(picture, camera, points):
@@ -107,7 +123,7 @@ def _outward(hull, points):
     return -slope / np.maximum(np.linalg.norm(slope, axis=1, keepdims=True), 1e-9)
 
 
-def _facing_colors(views: Views, points, outward):
+def _facing_colors(views: Views, points, outward, counts):
     """Colour of each point: the mean over the views that see it inside the subject, weighted by how much they face it."""
     total, weight = np.zeros((len(points), 3)), np.zeros((len(points), 1))
     for i, camera in enumerate(views.cameras):
@@ -115,7 +131,7 @@ def _facing_colors(views: Views, points, outward):
         facing = np.maximum((towards * outward).sum(1) / np.linalg.norm(towards, axis=1), 0) ** 4 + 1e-6
         solid, visible = _look_up(views.alpha[i], camera, points)
         color, _ = _look_up(views.images[i], camera, points)
-        facing = (facing * solid * visible)[:, None]
+        facing = (facing * solid * visible * (1.0 if counts is None else _look_up(counts[i], camera, points)[0]))[:, None]
         total += facing * color
         weight += facing
     return np.where(weight > 0, total / np.maximum(weight, 1e-12), 0.5)

@@ -67,6 +67,31 @@ def test_depth_of_the_views_draws_splats_to_the_surface():
     assert psnr(without, views) > 29
 
 
+def spread_in_depth(splats, views) -> float:
+    """Standard deviation of the depths of the splats' centres that one pixel shows, mean over the held-out views' solid pixels."""
+    found, parameters = [], pack(splats)
+    for camera in views.for_scoring.cameras:
+        rasteriser = Rasteriser()
+        rasteriser.project(parameters, len(splats), camera)
+        turn = camera.camera_from_world
+        depth = (splats.means @ turn[2, :3] + turn[2, 3] - np.linalg.norm(camera.centre)).astype(np.float32)
+        moments = np.stack([depth, depth**2, 0 * depth, 0 * depth], 1)
+        first, second, _, _, alpha = rasteriser.cropped(rasteriser.compose(features=moments))
+        solid = alpha > 0.9
+        first, second = first[solid] / alpha[solid], second[solid] / alpha[solid]
+        found.append(np.sqrt(np.maximum(second - first**2, 0)).mean())
+    return float(np.mean(found))
+
+
+def test_an_evenly_coloured_body_does_not_come_out_hollow():
+    """Without depth, splats anywhere along a ray explain one colour; those of a pixel are to lie together all the same."""
+    plain = sphere.views()
+    plain = dataclasses.replace(plain, images=np.full_like(plain.images, 0.8))
+    usual = recipes.Fit(splats=1000, iterations=800, device="cpu")
+    together, apart = (fit(plain, p, seed=0) for p in (usual, dataclasses.replace(usual, distortion_weight=0.0)))
+    assert spread_in_depth(together, plain) < 0.85 * spread_in_depth(apart, plain)
+
+
 def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(views, fitted):
     again, other = fit(views, QUICK, seed=1), fit(views, QUICK, seed=2)
     for field in dataclasses.fields(fitted):
@@ -243,6 +268,45 @@ def test_pictures_of_another_object_in_half_the_views_give_splats(views):
     assert len(splats) > 100
     for field in dataclasses.fields(splats):
         assert np.isfinite(getattr(splats, field.name)).all()
+
+
+def stamped(views, nonsense):
+    """The views with nonsense over the middle of every second one, and which pixels count."""
+    counts = np.ones(views.alpha.shape, np.uint8)
+    counts[::2, 24:40, 16:40] = 0
+    spoilt = {}
+    for name in ("images", "alpha", "depth", "normals"):
+        values = getattr(views, name)
+        if values is not None:
+            spoilt[name] = values.copy()
+            spoilt[name][counts == 0] = nonsense(values[counts == 0].shape)
+    return broken(views, **spoilt), counts
+
+
+@pytest.mark.parametrize("geometry", [False, True], ids=["colours", "geometry"])
+def test_pixels_that_do_not_count_are_not_looked_at(geometry):
+    views, p = sphere.views(geometry=geometry), dataclasses.replace(QUICK, iterations=100, hull_weight=0.05)
+    (one, counts), (other, _) = stamped(views, np.ones), stamped(views, lambda shape: np.full(shape, np.nan))
+    without, again = fit(one, p, seed=0, counts=counts), fit(other, p, seed=0, counts=counts.astype(np.float32))
+    for field in dataclasses.fields(without):
+        assert np.array_equal(getattr(without, field.name), getattr(again, field.name))
+    assert psnr(without, views) > psnr(fit(views, p, seed=0), views) - 1
+    assert psnr(without, views) > psnr(fit(one, p, seed=0), views) + 1
+
+
+@pytest.mark.parametrize(
+    "counts, says",
+    [
+        (lambda v: np.ones((3, 3)), "shape"),
+        (lambda v: np.full(v.alpha.shape, 255, np.uint8), "0 to 1"),
+        (lambda v: np.zeros(v.alpha.shape), "where pixels count"),
+    ],
+    ids=["another shape", "not shares", "none"],
+)
+def test_counts_that_do_not_fit_the_views_are_refused_in_a_sentence(views, counts, says):
+    with pytest.raises(KilnError, match=says) as refused:
+        fit(views, QUICK, seed=0, counts=counts(views))
+    assert refused.value.code == "bad-input" and refused.value.hint
 
 
 def test_asking_for_a_gpu_that_is_not_there_is_refused(views):

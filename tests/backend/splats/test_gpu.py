@@ -102,6 +102,24 @@ def test_an_engine_that_fails_gives_way_to_the_next_and_is_remembered(monkeypatc
     assert "could not be built" in gpu.why_not() and "Warp draws other pictures" in gpu.why_not()
 
 
+def test_gsplat_does_without_warp_where_warp_is_broken(monkeypatch, forgotten):
+    """Warp's loss is only the quicker one: plain torch does as well."""
+    warp = pytest.importorskip("backend.splats.loss_warp")
+
+    def breaks(progress):
+        raise RuntimeError("Failed to load the shared library warp.so")
+
+    monkeypatch.setattr(gpu, "why_no_warp", lambda: gpu._FAILED.get("Warp", ""))
+    monkeypatch.setattr(gpu, "_wrong_loss", lambda loss, device, compare=gpu._wrong_loss: compare(loss, "cpu"))
+    monkeypatch.setattr(gpu, "_warp", lambda progress: gpu.Engine("Warp", None, warp.loss_of))
+    assert gpu._loss_beside_gsplat(gpu.silent) is warp.loss_of and not gpu._FAILED
+    monkeypatch.setattr(gpu, "_warp", lambda progress: gpu.Engine("Warp", None, lambda *given: 1.1 * warp.loss_of(*given)))
+    assert gpu._loss_beside_gsplat(gpu.silent) is gpu.loss_in_torch and "another loss" in gpu._FAILED.pop("Warp")
+    monkeypatch.setattr(gpu, "_warp", breaks)
+    assert gpu._loss_beside_gsplat(gpu.silent) is gpu.loss_in_torch and "warp.so" in gpu._FAILED["Warp"]
+    assert gpu._loss_beside_gsplat(gpu.silent) is gpu.loss_in_torch  # and is not tried again
+
+
 def test_a_gpu_without_room_is_said_and_no_engine_is_blamed(monkeypatch, forgotten):
     def full(draw, device):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")

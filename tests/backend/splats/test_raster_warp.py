@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from backend.splats import fit as fit_module
 from backend.splats import gpu, loss
 from backend.splats.fit import SCHEDULE, fit
 from backend.splats.model import Splats
@@ -149,21 +150,24 @@ def test_too_little_room_leaves_out_gaussians_and_nothing_else():
 
 
 @pytest.mark.parametrize("weights", [loss.Weights(0.2, 0.5, 0.1), loss.Weights(0.0, 0.5, 0.0)], ids=["all terms", "no SSIM, no depth"])
-def test_the_loss_and_its_gradient_are_those_of_the_cpu_and_of_plain_torch(weights):
+@pytest.mark.parametrize("masked", [False, True], ids=["all pixels", "some pixels"])
+def test_the_loss_and_its_gradient_are_those_of_the_cpu_and_of_plain_torch(weights, masked):
     splats, random = reference.cloud(300, 0, 1), np.random.default_rng(0)
     views = several(2)
     targets = random.random((2, 5, 37, 44)).astype(np.float32)
     targets[:, 4] = np.where(targets[:, 4] < 0.5, 0, 3 * targets[:, 4])
     backgrounds = random.random((2, 3)).astype(np.float32)
+    counts = np.maximum(random.random((2, 37, 44)) - 0.3, 0).astype(np.float32) if masked else None
     planes, gradients, losses = [], [], []
-    for view, target, background in zip(views, targets, backgrounds, strict=True):
+    for number, (view, target, background) in enumerate(zip(views, targets, backgrounds, strict=True)):
         rasteriser, parameters = Rasteriser(), pack(splats)
         rasteriser.project(parameters, len(splats), view)
         padded = rasteriser.compose()
         wanted = np.zeros((5, *padded.shape[1:]), np.float32)
         wanted[:, :37, :44] = target
         tiles = (0, 0, rasteriser.tiles_x, rasteriser.tiles_y)
-        value, gradient = loss.loss_and_gradients(rasteriser, padded, wanted, tiles, background, weights)
+        shares = None if counts is None else np.pad(counts[number], [(0, a - b) for a, b in zip(padded.shape[1:], (37, 44), strict=True)])
+        value, gradient = loss.loss_and_gradients(rasteriser, padded, wanted, tiles, background, weights, shares)
         gradient = rasteriser.cropped(gradient).copy()
         gradient[4] -= np.einsum("c,chw->hw", background, gradient[:3])  # the CPU's backward pass takes the background itself
         planes.append(rasteriser.cropped(padded).copy())
@@ -171,11 +175,32 @@ def test_the_loss_and_its_gradient_are_those_of_the_cpu_and_of_plain_torch(weigh
         losses.append(value)
     for loss_of in (loss_warp.loss_of, gpu.loss_in_torch):
         drawn = torch.tensor(np.stack(planes), requires_grad=True)
-        found = loss_of(drawn, torch.tensor(targets), torch.tensor(backgrounds), weights)
+        found = loss_of(drawn, torch.tensor(targets), torch.tensor(backgrounds), weights, None if counts is None else torch.tensor(counts))
         (2 * found).backward()
         assert float(found.detach()) == pytest.approx(np.mean(losses), rel=1e-5)
         off = np.abs(drawn.grad.numpy() / 2 - np.stack(gradients))
         assert (off.max((0, 2, 3)) <= 1e-4 * np.abs(gradients).max((0, 2, 3)) + 1e-12).all()
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all pixels", "some pixels"])
+def test_views_too_large_for_one_array_are_compared_one_after_another(masked, monkeypatch):
+    """Warp counts the values of an array in 32 bits: 4 views of 8192 pixels a side need 3.2 billion between the kernels."""
+    assert loss_warp.MOST_VALUES == 2**31 - 1 and loss_warp.MAPS * 8192**2 < loss_warp.MOST_VALUES  # the largest view that is read
+    random = np.random.default_rng(0)
+    planes, targets = (torch.tensor(random.random((5, 5, 20, 24)).astype(np.float32)) for _ in range(2))
+    backgrounds = torch.tensor(random.random((5, 3)).astype(np.float32))
+    counts = torch.tensor(random.random((5, 20, 24)).astype(np.float32)) if masked else None
+    launched, found = [], []
+    launch = loss_warp.launch
+    monkeypatch.setattr(loss_warp, "launch", lambda kernel, threads, *rest: launched.append(threads) or launch(kernel, threads, *rest))
+    for most in (2**31 - 1, 2 * loss_warp.MAPS * 20 * 24 + 1):
+        monkeypatch.setattr(loss_warp, "MOST_VALUES", most)
+        drawn = planes.clone().requires_grad_()
+        value = loss_warp.loss_of(drawn, targets, backgrounds, loss.Weights(0.2, 0.5, 0.1), counts)
+        value.backward()
+        found.append((value.item(), drawn.grad))
+    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
+    assert launched[3::4] == [pixels * 20 * 24 for pixels in (5, 2, 2, 1)]
 
 
 @pytest.fixture(scope="module")
@@ -196,6 +221,16 @@ def test_a_whole_fit_is_as_good_as_the_cpus(views):
     pictures = [said[2] for said in heard if len(said) > 2 and said[2] is not None]
     assert pictures and pictures[0].shape == (32, 32, 3) and np.ptp(pictures[0]) > 0.2
     assert "GPU (Warp)" in heard[-1][1]
+
+
+def test_a_fit_looks_past_pixels_that_do_not_count(views):
+    """They are black and solid once `fit` has taken their content away; a fit that does not look at them is as good as one of all."""
+    counts = np.ones(views.alpha.shape, np.float32)
+    counts[::2, :16, :16] = 0
+    spoilt, kept = fit_module._counted(views, counts)
+    looked_past = gpu.fit_with(WARP, CPU, spoilt, QUICK, 0, gpu.silent, SCHEDULE, kept)
+    whole = gpu.fit_with(WARP, CPU, views.for_fitting, QUICK, 0, gpu.silent, SCHEDULE)
+    assert psnr(looked_past, views) > psnr(whole, views) - 1
 
 
 def test_a_fit_stops_where_it_reports(views):
