@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float, Int
-from numba import prange
 from scipy import sparse
 from scipy.sparse import csgraph
 from scipy.spatial import cKDTree
@@ -19,7 +18,7 @@ from scipy.spatial.transform import Rotation
 
 from backend.mesh.mesh import AnimatedMesh, Rig
 from backend.progress import Progress, silent
-from backend.splats.parallel import kernel, parallel_kernel
+from backend.splats.parallel import kernel
 from protocol import recipes
 
 MOST = 4  # bones of a vertex: what glTF and game engines take
@@ -483,12 +482,12 @@ def _continuous(quaternions: Float[np.ndarray, "b t 4"]) -> Float[np.ndarray, "b
     return quaternions * np.concatenate([np.ones((len(turned), 1)), np.cumprod(turned, 1)], 1)[..., None]
 
 
-@parallel_kernel
+@kernel
 def _errors(points, moved, affine):
     """n x b: sum over moments of the squared distance of each point from where each bone takes it."""
     count, bones, moments = len(points), affine.shape[0], affine.shape[1]
     out = np.empty((count, bones))
-    for i in prange(count):
+    for i in range(count):
         x, y, z = points[i]
         for b in range(bones):
             total = 0.0
@@ -501,11 +500,11 @@ def _errors(points, moved, affine):
     return out
 
 
-@parallel_kernel
+@kernel
 def _misses(points, moved, affine, joints, weights):
     count, moments = len(points), affine.shape[1]
     out = np.empty(count)
-    for i in prange(count):
+    for i in range(count):
         x, y, z = points[i]
         total = 0.0
         for t in range(moments):
@@ -519,7 +518,7 @@ def _misses(points, moved, affine, joints, weights):
     return out
 
 
-@parallel_kernel
+@kernel
 def _moments(points, moved, joints, weights, bones):
     """b x b x 4 x 4: sum of w_b w_c x x^T, and b x t x 3 x 4: sum of w_b y x^T, x = (x, y, z, 1); always in the same order."""
     count, moments, most = len(points), moved.shape[1], joints.shape[1]
@@ -535,7 +534,7 @@ def _moments(points, moved, joints, weights, bones):
                     for r in range(4):
                         for c in range(4):
                             pairs[joints[i, k], joints[i, m], r, c] += w * x[r] * x[c]
-    for t in prange(moments):
+    for t in range(moments):
         for i in range(count):
             for k in range(most):
                 w = weights[i, k]
@@ -550,7 +549,7 @@ def _moments(points, moved, joints, weights, bones):
     return pairs, crossed
 
 
-@parallel_kernel
+@kernel
 def _weights(points, moved, affine, which, near, drawn, smooth):
     """For each point of `which` the weights >= 0 with sum 1 of at most MOST of the bones `near` it that minimise the sum over moments of
     the squared distance, plus `smooth` |weights - drawn|^2. Returns joints and weights, the heaviest first, and that sum of squared
@@ -559,7 +558,7 @@ def _weights(points, moved, affine, which, near, drawn, smooth):
     joints = np.zeros((count, MOST), np.int64)
     weights = np.zeros((count, MOST))
     misses = np.empty(count)
-    for i in prange(count):
+    for i in range(count):
         x, y, z = points[which[i]]
         own = np.empty(most, np.int64)
         size = 0
