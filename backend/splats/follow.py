@@ -33,7 +33,9 @@ CARRIERS = 5  # nodes that carry a point
 NEIGHBOURS = 8  # nodes that a node is held to
 SAMPLES = 9000  # points of the surface that are matched with the pictures
 CLOUD = 5000  # of the points that the views see, those that look for the surface
-OPEN_REACH = 0.1  # of the subject's extent: surfaces that face each other nearer than this count as touching
+OPEN_REACH = 0.05  # of the subject's extent: surfaces that face each other nearer than this count as touching
+CELLS = (40, 50, 65)  # along the subject's extent, to measure its area by
+HIDING = 2.0  # what hidden area weighs against touching area
 TIE = 0.02  # moments whose openness differs less are equally open
 
 # What is weighed against what. Residuals are lengths in the unit frame; a node's surroundings weigh 1 altogether.
@@ -42,6 +44,9 @@ OUTLINE = 0.5  # weight of what draws points into the silhouette
 MATCH = 0.3  # weight of closest points
 RIGID = 0.3  # weight of a node's neighbours, by p.rigidity_weight
 STEADY = 0.05  # weight of a node's expected place, by p.smoothness_weight
+HIDDEN = 4.0  # how many times longer ways are across what no view sees at rest: it may be nothing but the gap between two parts
+UNSEEN = 0.1  # weight of what no view sees at rest
+YIELD = 0.7  # share of a strain that is there already which the graph takes for its own shape: parts may stretch and shrink for good
 BEND = 0.08  # of an edge's length: what a joint may strain before it gives way
 
 
@@ -62,7 +67,10 @@ BLURS = (4.0, 2.0, 0.8)  # standard deviations, pixels of a 256-pixel picture
 
 
 def most_open(views: ViewSequence, progress: Progress = silent) -> int:
-    """The moment at which the least of the subject's surface touches or faces other surface closely; of equals, nearest to the middle."""
+    """The moment at which the least surface faces other surface closely, and the most is to be seen; of equals, nearest to the middle.
+
+    What is pressed together hides some of it: the area counts too, as parts that touch would be one in the mesh.
+    """
     clouds = []
     for moment in range(len(views)):
         progress(0.5 * moment / len(views), f"Moment {moment + 1} of {len(views)}")
@@ -73,16 +81,17 @@ def most_open(views: ViewSequence, progress: Progress = silent) -> int:
         progress(0.5 + 0.5 * moment / len(views), f"Moment {moment + 1} of {len(views)}")
         if len(points) == 0:
             continue
-        _, first = np.unique(np.round(points / (extent / 50)).astype(np.int64), axis=0, return_index=True)
+        for cells in CELLS:  # the cells that the surface meets; several sizes, as each lies on the grid by chance
+            _, first = np.unique(np.round(points * (cells / extent)).astype(np.int64), axis=0, return_index=True)
+            areas[moment] += len(first) / cells**2
         points, normals = points[first], normals[first]
-        areas[moment] = len(points)
         pairs = cKDTree(points).query_pairs(OPEN_REACH * extent, output_type="ndarray")
         towards = points[pairs[:, 1]] - points[pairs[:, 0]]
-        ahead = (towards * normals[pairs[:, 0]]).sum(1), -(towards * normals[pairs[:, 1]]).sum(1)
-        length = np.linalg.norm(towards, axis=1)
-        facing = (np.minimum(*ahead) > 0.5 * length) & ((normals[pairs[:, 0]] * normals[pairs[:, 1]]).sum(1) < -0.3)
+        ahead = np.minimum((towards * normals[pairs[:, 0]]).sum(1), -(towards * normals[pairs[:, 1]]).sum(1))
+        facing = (ahead > 0.5 * np.linalg.norm(towards, axis=1)) & ((normals[pairs[:, 0]] * normals[pairs[:, 1]]).sum(1) < -0.3)
         contacts[moment] = len(np.unique(pairs[facing])) / len(points)
-    closed = contacts + 0.5 * (1 - areas / areas.max())
+    closed = contacts + HIDING * (1 - areas / areas.max())
+    closed = np.convolve(np.pad(closed, 1, mode="edge"), np.full(3, 1 / 3), "valid")  # other cameras see other parts: that is no motion
     middle = np.abs(np.arange(len(clouds)) - (len(clouds) - 1) / 2)
     return int(np.argmin(np.where(closed <= closed.min() + TIE, middle, np.inf)))
 
@@ -91,12 +100,11 @@ def follow(surface: Mesh, views: ViewSequence, rest: int, p: recipes.FitMotion, 
     """The motion of `surface`, which is the subject at the moment `rest`. Views need depth and normals; held-out ones are not used."""
     progress(0.0, "Placing nodes")
     random = np.random.default_rng(seed)
-    graph = _Graph.on(surface, p.nodes, random)
+    at_rest = _Pictures.of(views.at(rest))
+    graph = _Graph.on(surface, at_rest, p.nodes, random)
     moments, count = len(views), len(graph.nodes)
     rotations, translations = np.tile(np.eye(3), (moments, count, 1, 1)), np.zeros((moments, count, 3))
-    at_rest = _Pictures.of(views.at(rest))
-    colours, certain = _surface_colours(graph, surface, at_rest)
-    tracker = _Tracker(surface, graph, colours, certain, p)
+    tracker = _Tracker(surface, graph, p)
     order = [(moment, moment - 1) for moment in range(rest + 1, moments)] + [(moment, moment + 1) for moment in range(rest - 1, -1, -1)]
     done, told, total = 0, time.monotonic(), len(order) * (len(STAGES) + len(AGAIN))
     pictures: dict[int, _Pictures] = {}
@@ -119,8 +127,9 @@ def follow(surface: Mesh, views: ViewSequence, rest: int, p: recipes.FitMotion, 
         elif last == rest and 0 <= 2 * rest - moment < moments and translations[2 * rest - moment].any():  # the other way, backwards
             turned, moved = np.swapaxes(rotations[2 * rest - moment], 1, 2), -translations[2 * rest - moment]
         expected, state = (turned, moved), (turned, moved)
+        own = rotations[last], translations[last]
         for stage in STAGES:
-            state = tracker.steps(stage, pictures[moment], state, expected, p.smoothness_weight * STEADY)
+            state = tracker.steps(stage, pictures[moment], state, expected, own, p.smoothness_weight * STEADY)
             rotations[moment], translations[moment] = state
             done += 1
             report(moment)
@@ -130,9 +139,9 @@ def follow(surface: Mesh, views: ViewSequence, rest: int, p: recipes.FitMotion, 
             done += len(AGAIN)
             continue
         expected = _halfway((rotations[before], translations[before]), (rotations[after], translations[after]))
-        state = rotations[moment], translations[moment]
+        state = own = rotations[moment], translations[moment]
         for stage in AGAIN:
-            state = tracker.steps(stage, pictures[moment], state, expected, p.smoothness_weight * STEADY)
+            state = tracker.steps(stage, pictures[moment], state, expected, own, p.smoothness_weight * STEADY)
             rotations[moment], translations[moment] = state
             done += 1
             report(moment)
@@ -168,9 +177,10 @@ def _cloud(seen: Views) -> tuple[Float[np.ndarray, "n 3"], Float[np.ndarray, "n 
 class _Graph:
     """Nodes on the rest surface, and the points that are matched with pictures.
 
-    edges: pairs (i, j): j is held where i expects it. share: what each sample weighs, 1 a node altogether. starts, columns: pattern of
-    the normal equations' 6 x 6 blocks, by rows. slots: the block of each pair of a sample's carriers. edge_slots: blocks (i,i), (i,j),
-    (j,i), (j,j).
+    edges: pairs (i, j): j is held where i expects it. share: what each sample weighs, 1 a node altogether. seen: 1, or UNSEEN where no view
+    sees a sample at rest. colours, certain: what samples look like at rest, at each blur, and how sure that is (0 to 1). starts,
+    columns: pattern of the normal equations' 6 x 6 blocks, by rows. slots: the block of each pair of a sample's carriers. edge_slots:
+    blocks (i,i), (i,j), (j,i), (j,j).
     """
 
     nodes: Float[np.ndarray, "m 3"]
@@ -182,6 +192,9 @@ class _Graph:
     carriers: Int[np.ndarray, "s k"]
     weights: Float[np.ndarray, "s k"]
     share: float
+    seen: Float[np.ndarray, "s"]
+    colours: Float[np.ndarray, "l s 3"]
+    certain: Float[np.ndarray, "l s"]
     starts: Int[np.ndarray, "m+1"]
     columns: Int[np.ndarray, "b"]
     diagonal: Int[np.ndarray, "m"]
@@ -189,17 +202,27 @@ class _Graph:
     edge_slots: Int[np.ndarray, "e 4"]
 
     @staticmethod
-    def on(surface: Mesh, nodes: int, random: np.random.Generator) -> _Graph:
+    def on(surface: Mesh, at_rest: _Pictures, nodes: int, random: np.random.Generator) -> _Graph:
         vertices, faces = surface.vertices.astype(np.float64), surface.faces
+        normals = _face_normals(vertices, faces)
+        smooth = np.zeros_like(vertices)
+        for corner in range(3):
+            np.add.at(smooth, faces[:, corner], normals)
+        smooth /= np.maximum(np.linalg.norm(smooth, axis=1, keepdims=True), 1e-12)
+        _, _, open_ = at_rest.colours_of(vertices, smooth)
         ways = _ways(vertices, faces)
-        places, spacing = _spread(ways, min(nodes, len(vertices)), vertices)
-        distance = _distances(ways, places, spacing)
+        places = _spread(ways, min(nodes, len(vertices)), vertices)
+        edge = ways.tocoo()
+        longer = 1 + (HIDDEN - 1) * (1 - (open_[edge.row] + open_[edge.col]) / 2)
+        ways = coo_matrix((edge.data * longer, (edge.row, edge.col)), edge.shape).tocsr()
+        distance = dijkstra(ways, indices=places)
         anchoring = _bind(distance, CARRIERS)
         face, corners = _sample(vertices, faces, SAMPLES, random)
         points = (vertices[faces[face]] * corners[..., None]).sum(1)
         from_corner = np.linalg.norm(vertices[faces[face]] - points[:, None], axis=2)
         binding = _bind(np.min([distance[:, faces[face, c]] + from_corner[:, c] for c in range(3)], axis=0), CARRIERS)
         edges = _edges(distance[:, places], vertices[places])
+        colours, certain, seen = at_rest.colours_of(points, normals[face])
         carriers = binding.nodes.astype(np.int64)
         count = len(places)
         pairs = carriers[:, :, None] * count + carriers[:, None, :]
@@ -217,6 +240,9 @@ class _Graph:
             carriers=carriers,
             weights=binding.weights.astype(np.float64),
             share=count / len(points),
+            seen=UNSEEN + (1 - UNSEEN) * seen,
+            colours=colours,
+            certain=certain,
             starts=starts,
             columns=used % count,
             diagonal=np.searchsorted(used, alone),
@@ -250,7 +276,7 @@ def _ways(vertices, faces):
 
 
 def _spread(ways, count, vertices):
-    """Vertices far from one another along the surface (farthest point sampling), every piece among them, and how far apart they are."""
+    """Vertices far from one another along the surface (farthest point sampling), every piece among them."""
     start = int(np.argmax(((vertices - vertices.mean(0)) ** 2).sum(1)))
     chosen, nearest = [start], dijkstra(ways, indices=start)
     while len(chosen) < count:
@@ -260,12 +286,7 @@ def _spread(ways, count, vertices):
         reach = float(nearest[following])
         chosen.append(following)
         nearest = np.minimum(nearest, dijkstra(ways, indices=following, limit=reach))
-    return np.array(chosen), float(np.max(np.where(np.isfinite(nearest), nearest, 0)))
-
-
-def _distances(ways, places, spacing):
-    """Along the surface from each node to each vertex; infinity beyond some nodes' spacing, but for the nodes that a vertex needs."""
-    return dijkstra(ways, indices=places, limit=max(5 * spacing, 1e-6))
+    return np.array(chosen)
 
 
 def _bind(distance: Float[np.ndarray, "m n"], several: int) -> Binding:
@@ -383,13 +404,9 @@ class _Pictures:
             (points, normals, colours),
         )
 
-
-def _surface_colours(graph: _Graph, surface: Mesh, at_rest: _Pictures) -> tuple[Float[np.ndarray, "l s 3"], Float[np.ndarray, "l s"]]:
-    """What the samples look like at rest, at each blur, and how sure that is (0: no view sees them well)."""
-    normals = _face_normals(surface.vertices.astype(np.float64), surface.faces)[graph.faces]
-    return _colours(
-        graph.points, normals, at_rest.poses, at_rest.lenses, at_rest.depth, at_rest.clear, np.stack(at_rest.levels), np.array(BLURS)
-    )
+    def colours_of(self, points: Float[np.ndarray, "n 3"], normals: Float[np.ndarray, "n 3"]):
+        """What points of a surface look like at each blur, how sure that is (0: no view sees them well), and whether any view sees them."""
+        return _colours(points, normals, self.poses, self.lenses, self.depth, self.clear, np.stack(self.levels), np.array(BLURS))
 
 
 def _face_normals(vertices, faces):
@@ -401,12 +418,13 @@ def _face_normals(vertices, faces):
 class _Tracker:
     """Brings the nodes' transforms to what the pictures of a moment show, some steps at a time."""
 
-    def __init__(self, surface: Mesh, graph: _Graph, colours, certain, p: recipes.FitMotion):
-        self.surface, self.graph, self.colours, self.certain, self.p = surface, graph, colours, certain, p
+    def __init__(self, surface: Mesh, graph: _Graph, p: recipes.FitMotion):
+        self.surface, self.graph, self.colours, self.certain = surface, graph, graph.colours, graph.certain
         bound = graph.anchoring
         self.anchors = surface.vertices.astype(np.float64), bound.nodes.astype(np.int64), bound.weights.astype(np.float64)
         self.blocks = np.zeros((len(graph.columns), 6, 6))
         self.rigid = RIGID * p.rigidity_weight
+        self.arms = graph.nodes[graph.edges[:, 1]] - graph.nodes[graph.edges[:, 0]]
         length = np.linalg.norm(graph.nodes[graph.edges[:, 0]] - graph.nodes[graph.edges[:, 1]], axis=1)
         self.give = BEND * length.mean()
         self.edge_weight = np.bincount(graph.edges[:, 0], minlength=len(graph.nodes))[graph.edges[:, 0]] ** -1.0
@@ -415,8 +433,12 @@ class _Tracker:
         points, nodes, weights = self.anchors
         return _deform(points, nodes, weights, self.graph.nodes, rotations, translations)
 
-    def steps(self, stage: Stage, pictures: _Pictures, state, expected, steady: float):
+    def steps(self, stage: Stage, pictures: _Pictures, state, expected, shape, steady: float):
+        """`state` after a stage's steps. expected: where the temporal term draws it. shape: a state whose strains have yielded."""
         graph = self.graph
+        one, two = graph.edges.T
+        strained = graph.nodes[two] + shape[1][two] - graph.nodes[one] - shape[1][one]
+        arms = (1 - YIELD) * self.arms + YIELD * np.einsum("eji,ej->ei", shape[0][one], strained)
         rotations, translations = state[0].copy(), state[1].copy()
         seen = pictures.seen
         for step in range(stage.steps):
@@ -429,19 +451,21 @@ class _Tracker:
                 _pull(system, gradient, *self._matches(points, normals, pictures, reach))
             else:
                 if step % 2 == 0:
-                    shape = Mesh(vertices, self.surface.faces)
-                    front = np.stack([raster.depth(shape, camera)[0] for camera in seen.cameras])
+                    surface = Mesh(vertices, self.surface.faces)
+                    front = np.stack([raster.depth(surface, camera)[0] for camera in seen.cameras])
                 _look(
                     system, gradient, points, normals, self.colours[stage.blur], self.certain[stage.blur], pictures.poses, pictures.lenses,
                     front, pictures.depth, pictures.normals, pictures.levels[stage.blur], pictures.clear, pictures.inward,
                     BLURS[stage.blur], stage.reach, COLOUR, OUTLINE,
                 )  # fmt: skip
+            system *= graph.seen[:, None, None]
+            gradient *= graph.seen[:, None]
             right = np.zeros((len(graph.nodes), 6))
             self.blocks[:] = 0
             _data(self.blocks, right, points, graph.points, graph.carriers, graph.weights, graph.nodes, rotations,
                   graph.slots, system, gradient, graph.share)  # fmt: skip
             held = self.edge_weight * self.rigid * stage.rigidity
-            _rigid(self.blocks, right, graph.nodes, graph.edges, graph.edge_slots, held, rotations, translations, self.give)
+            _rigid(self.blocks, right, graph.nodes, arms, graph.edges, graph.edge_slots, held, rotations, translations, self.give)
             spread = self.give / BEND  # a turn of 1 moves what is around a node by about this
             away = Rotation.from_matrix(rotations @ np.swapaxes(expected[0], 1, 2)).as_rotvec()
             weight = np.repeat([steady * (0.5 * spread) ** 2, steady], 3)
@@ -500,6 +524,7 @@ def _colours(points, normals, poses, lenses, depth, clear, levels, blurs):
     count, height, width = depth.shape
     colours = np.zeros((len(blurs), len(points), 3), np.float64)
     total = np.zeros((len(blurs), len(points)), np.float64)
+    seen = np.zeros(len(points), np.float64)
     for s in prange(len(points)):
         for v in range(count):
             m = poses[v]
@@ -514,9 +539,12 @@ def _colours(points, normals, poses, lenses, depth, clear, levels, blurs):
             facing /= np.sqrt(x * x + y * y + z * z)
             u, w = lenses[v, 0] * x / z + lenses[v, 2], lenses[v, 1] * y / z + lenses[v, 3]
             c, r = int(np.floor(u)), int(np.floor(w))
-            if facing < 0.3 or c < 0 or r < 0 or c >= width or r >= height or depth[v, r, c] <= 0:
+            if facing < 0.1 or c < 0 or r < 0 or c >= width or r >= height or depth[v, r, c] <= 0:
                 continue
             if abs(depth[v, r, c] - z) > 0.02 / facing:
+                continue
+            seen[s] = 1.0
+            if facing < 0.3:
                 continue
             for level in range(len(blurs)):
                 sure = facing * facing * min(max(clear[v, r, c] / blurs[level] - 0.5, 0.0), 1.0)
@@ -529,7 +557,7 @@ def _colours(points, normals, poses, lenses, depth, clear, levels, blurs):
             for channel in range(3):
                 colours[level, s, channel] /= max(total[level, s], 1e-9)
             total[level, s] = min(total[level, s] / 0.3, 1.0)
-    return colours, total
+    return colours, total, seen
 
 
 @kernel
@@ -701,7 +729,7 @@ def _data(blocks, right, moved, points, carriers, weights, nodes, rotations, slo
 
 
 @kernel
-def _rigid(blocks, right, nodes, edges, slots, weights, rotations, translations, give):
+def _rigid(blocks, right, nodes, arms, edges, slots, weights, rotations, translations, give):
     """Adds as-rigid-as-possible: a node's neighbours are where it would take them (Sumner et al. 2007, eq. 9); joints give way."""
     arm, error = np.zeros((3, 3)), np.zeros(3)
     turned = np.zeros(3)
@@ -711,7 +739,7 @@ def _rigid(blocks, right, nodes, edges, slots, weights, rotations, translations,
         for i in range(3):
             turned[i] = 0.0
             for j in range(3):
-                turned[i] += rotations[a, i, j] * (nodes[b, j] - nodes[a, j])
+                turned[i] += rotations[a, i, j] * arms[e, j]
             error[i] = turned[i] + nodes[a, i] + translations[a, i] - nodes[b, i] - translations[b, i]
             size += error[i] * error[i]
         w = weights[e] / np.sqrt(1 + size / (give * give))
