@@ -37,8 +37,8 @@ QUANTITIES: dict[str, Callable[[Values], float]] = {
     "iterations x kilosplats": lambda v: v["fit.iterations"] * v["splats"] / 1e3,
     "kilosplats": lambda v: v["splats"] / 1e3,
     "views x kilosplats": lambda v: v["count"] * v["splats"] / 1e3,
-    "megacells": lambda v: v["surface.grid"] ** 3 / 1e6,
-    "surface kilocells": lambda v: v["surface.grid"] ** 2 / 1e3,  # those that the surface passes through, by order of size
+    "megacells": lambda v: recipes.cells(v["surface.grid"], v["surface.faces"]) ** 3 / 1e6,
+    "surface kilocells": lambda v: recipes.cells(v["surface.grid"], v["surface.faces"]) ** 2 / 1e3,  # on the surface
     "kilofaces": lambda v: v["surface.faces"] / 1e3,
     "megatexels": lambda v: v["texture.size"] ** 2 / 1e6,
 }

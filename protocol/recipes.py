@@ -139,12 +139,20 @@ class Surface:
     """A closed mesh: visibility decides inside and outside; exact depth, or the splats where views have none, place the surface; marching
     cubes."""
 
-    grid: int = _number(224, 32, 512, "Cells along the longest side of the marching-cubes grid.")
+    grid: int = _number(
+        224, 32, 512, "Cells along the longest side of the marching-cubes grid; more where that many faces need it: 384 for 80,000."
+    )
     faces: int = _number(20_000, 100, 2_000_000, "Triangles of the finished mesh, at most.")
     smoothing: int = _number(10, 0, 200, "Taubin smoothing passes; they do not shrink the object.", advanced=True)
     smallest_piece: float = _number(
         0.001, 0.0, 1.0, "Pieces with a smaller share of the whole area are removed as floaters.", advanced=True
     )
+
+
+def cells(grid: int, faces: int) -> int:
+    """Cells along the longest side that a surface is found with: as asked, but of more than 20,000 faces hardly one would show anything
+    new on a grid that is coarser than they are."""
+    return grid if faces <= 20_000 else max(grid, min(512, round(1.3576 * math.sqrt(faces))))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from numba import prange
 from scipy.spatial import cKDTree
 
 from backend.mesh.clean import drop_pieces, smooth
+from backend.mesh.cloud import Cloud, cloud, summed_normals, surface_points
 from backend.mesh.decimate import decimate
 from backend.mesh.field import OUTSIDE, ROUGH_REACH, STEPS, Field, Sights, activate, carve, lookups, sights, within
 from backend.mesh.march import SIDE, march
@@ -34,6 +35,7 @@ THINNEST = 0.7  # cells: radius of the parts that are kept although they are thi
 BALL = 2.5  # cells around such a part in which the field knows of it
 DENSITY = 0.5  # opacity-weighted Gaussian density at the surface (levels 0.3 to 0.7 score alike)
 CROSSING = 0.8  # transmittance at which splats begin to be a surface
+SETTLING = 3  # passes in which vertices are moved onto the surface points around them
 SKIN = 1.6  # deviations of a Gaussian by which its surface lies before its centre
 
 
@@ -47,7 +49,7 @@ def extract(splats: Splats, views: Views, p: recipes.Surface, progress: Progress
     exact = seen.depth is not None
     # A pixel that its own view calls empty has no surface, whatever its depth
     depth, slack = (np.where(seen.alpha > 0, seen.depth, 0), 0.0) if exact else _splat_depth(splats, seen, progress)
-    points, normals, radii = _surface_samples(seen, depth)
+    points, normals, radii = surface_points(seen, depth)
     looks = sights(seen.cameras, depth, seen.alpha)
     if not exact:  # what other views see through is no surface
         points = points[within(points, looks.poses, looks.lenses, looks.kind)]
@@ -56,7 +58,7 @@ def extract(splats: Splats, views: Views, p: recipes.Surface, progress: Progress
             "no-surface", "The views show no surface: hardly any pixel has depth.", "Check that the subject fills the pictures."
         )
     low, high = points.min(0).astype(np.float64), points.max(0).astype(np.float64)
-    cell = float((high - low).max()) / p.grid
+    cell = float((high - low).max()) / recipes.cells(p.grid, p.faces)
     margin = MARGIN * cell + ROUGH_REACH * slack
     origin = low - margin
     shape = tuple(int(n) for n in np.ceil((high - low + 2 * margin) / cell).astype(int) + 1)
@@ -79,11 +81,14 @@ def extract(splats: Splats, views: Views, p: recipes.Surface, progress: Progress
     surface = drop_pieces(surface, p.smallest_piece)
     progress(0.8, "Smoothing")
     surface = smooth(surface, p.smoothing)
-    if exact and thin.any():
+    if exact and seen.normals is None and thin.any():
         surface = _slim(surface, carved, cores, radii[thin] / cell)
+    surface = Mesh((surface.vertices * cell + origin).astype(np.float32), surface.faces)
+    if seen.normals is not None and exact:
+        progress(0.82, "Settling on the surface points")
+        surface = settle(surface, cloud(points, normals, cell))
     progress(0.85, "Decimating")
-    surface = decimate(surface, p.faces, lambda done, text="", preview=None: progress(0.85 + 0.15 * done, text))
-    return Mesh((surface.vertices * cell + origin).astype(np.float32), surface.faces)
+    return decimate(surface, p.faces, lambda done, text="", preview=None: progress(0.85 + 0.15 * done, text))
 
 
 def _splat_depth(splats: Splats, seen: Views, progress: Progress) -> tuple[Float[np.ndarray, "v h w"], float]:
@@ -111,29 +116,6 @@ def _splat_depth(splats: Splats, seen: Views, progress: Progress) -> tuple[Float
         forward = SKIN * unit * drawn.color[..., 0] / np.maximum(drawn.alpha, 0.5)
         maps.append(np.where(there, np.maximum(drawn.depth - forward, 1e-3), 0))
     return np.stack(maps).astype(np.float32), unit
-
-
-def _surface_samples(
-    seen: Views, depth: Float[np.ndarray, "v h w"]
-) -> tuple[Float[np.ndarray, "n 3"], Float[np.ndarray, "n 3"], Float[np.ndarray, "n"]]:
-    """Every pixel's surface point, its normal towards the camera (the viewing ray where the views have no normals), and how thick a part
-    thinner than a pixel would be there: the covered share of half a pixel."""
-    points, normals, radii = [], [], []
-    for i, camera in enumerate(seen.cameras):
-        hit = depth[i] > 0
-        place = camera.unproject(depth[i])[hit]
-        points.append(place.astype(np.float32))  # all pixels of all views: half the memory
-        radii.append((0.5 * seen.alpha[i][hit] * depth[i][hit] / camera.fx).astype(np.float32))
-        towards = camera.centre - place
-        towards /= np.linalg.norm(towards, axis=1, keepdims=True)
-        if seen.normals is None:
-            normals.append(towards.astype(np.float32))
-        else:
-            given = seen.normals[i][hit].astype(np.float64)
-            facing = (given * towards).sum(1, keepdims=True)
-            usable = np.linalg.norm(given, axis=1, keepdims=True) > 0.5
-            normals.append(np.where(usable, given * np.where(facing < 0, -1, 1), towards).astype(np.float32))
-    return np.concatenate(points), np.concatenate(normals), np.concatenate(radii)
 
 
 def keep_thin(field: Field, looks: Sights, points: Float[np.ndarray, "n 3"], normals: Float[np.ndarray, "n 3"]) -> Bool[np.ndarray, "n"]:
@@ -205,6 +187,15 @@ def _slim(mesh: Mesh, carved: Field, cores: Float[np.ndarray, "n 3"], radii: Flo
     slim = core + away * (np.minimum(radius, length) / np.maximum(length, 1e-9))[:, None]
     share = np.clip((outside[moved] - 0.1) / 0.4, 0, 1)[:, None]  # none where the part meets what the grid does resolve
     vertices[moved] += share * (slim - vertices[moved])
+    return Mesh(vertices.astype(np.float32), mesh.faces)
+
+
+def settle(mesh: Mesh, around: Cloud) -> Mesh:
+    """Moves the vertices onto the surface of the points around them, which know more than the grid; those without points stay."""
+    vertices = mesh.vertices.astype(np.float64)
+    for _ in range(SETTLING):
+        distance, normal = around.around(vertices, summed_normals(vertices, mesh.faces))
+        vertices -= distance[:, None] * normal
     return Mesh(vertices.astype(np.float32), mesh.faces)
 
 

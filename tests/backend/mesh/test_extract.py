@@ -56,6 +56,21 @@ def test_a_hidden_hollow_makes_no_second_wall():
     assert found.volume == pytest.approx(1.0, rel=0.03)
 
 
+def test_a_part_thinner_than_a_cell_has_its_own_thickness_where_views_have_normals():
+    cell = 1.6 / 48
+    wire = rod(0.35 * cell, 0.8)
+    found = surface_of(union(wire, sphere(0.2, (0, 0, -0.6))), dataclasses.replace(SURFACE, grid=48), size=96)
+    along = found.vertices[(found.vertices[:, 2] > -0.3) & (found.vertices[:, 2] < 0.7)]
+    assert len(along) > 100
+    assert np.abs(wire(along)).mean() < 0.06 * cell
+
+
+def test_many_faces_get_a_grid_on_which_they_show_something():
+    rough = dataclasses.replace(SURFACE, grid=32)
+    few, many = (surface_of(sphere(0.7), dataclasses.replace(rough, faces=faces)) for faces in (20_000, 21_000))
+    assert len(few.faces) < 10_000 < len(many.faces) <= 21_000
+
+
 def test_a_part_thinner_than_a_cell_is_kept_from_end_to_end():
     cell = 1.6 / 64
     bar, foot = rod(0.2 * cell, 0.8), np.array([0.02, 0.013, 0])  # off the pixels' common border
