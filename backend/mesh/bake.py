@@ -17,6 +17,7 @@ from scipy.ndimage import distance_transform_edt, maximum_filter, minimum_filter
 from scipy.spatial import cKDTree
 
 from backend.mesh import raster
+from backend.mesh.cloud import cloud, surface_points
 from backend.mesh.mesh import AnimatedMesh, Mesh, MovingMesh, TexturedMesh
 from backend.mesh.raster import linear_from_srgb, srgb_from_linear
 from backend.mesh.tangents import tangents
@@ -144,7 +145,7 @@ def _maps(
     progress: Callable[[float], None],
 ) -> TexturedMesh:
     """`made` with what the passes tell of the surface itself: values at pixels' centres, where there is a surface."""
-    shown = seen.alpha > 0
+    shown, sure = seen.alpha > 0, clean
     if seen.normals is not None:
         shown &= (seen.normals != 0).any(-1)
     if seen.material is not None:
@@ -160,13 +161,18 @@ def _maps(
     for number, (name, one) in enumerate(given.items()):
         values = one / np.float32(255) if one.dtype == np.uint8 else np.asarray(one, np.float32)
         start, found = _blend(values, shown, choice)
+        trust = None
         if name == "normals":
             start[~found] = atlas.direction[~found]
+            if seen.depth is not None and len(poses.vertices) == 1:
+                # At a step in depth, half a pixel aside another part is seen: there the points around a texel say more than pixels do
+                _from_points(start, seen, atlas)
+                trust = sure.astype(np.float32)
         else:
             _from_nearest(start, found, atlas)
         most = float(np.abs(values).max())
         part = _between(progress, 0.1 + 0.9 * number / len(given), 0.1 + 0.9 * (number + 1) / len(given))
-        solved[name] = _solve(atlas.spread(start), rays, values, None, most, False, MAP_SWEEPS, part)[atlas.row, atlas.column]
+        solved[name] = _solve(atlas.spread(start), rays, values, trust, most, False, MAP_SWEEPS, part)[atlas.row, atlas.column]
     if "normals" in solved and made.tangents is not None:
         frame = raster.tangent_frame(made.normals, made.tangents, atlas.corners, atlas.weights)
         made = replace(made, normal_map=_coded(atlas.spread(_tangent_space(solved["normals"], frame)) / 2 + 0.5))
@@ -460,6 +466,18 @@ def _from_nearest(color: Float[np.ndarray, "t 3"], found: Bool[np.ndarray, "t"],
     if len(known) and len(unknown):
         known = known[:: max(1, len(known) // NEIGHBOURS)]
         color[unknown] = color[known[cKDTree(atlas.position[known]).query(atlas.position[unknown])[1]]]
+
+
+def _from_points(normals: Float[np.ndarray, "t 3"], seen: Views, atlas: _Atlas) -> None:
+    """Gives each texel the normal of the surface points around it, in place, where there are some."""
+    depth = np.where(seen.alpha > 0, seen.depth, 0)
+    points, given, _ = surface_points(seen, depth)
+    if len(points) == 0:
+        return
+    pixel = float(np.median([np.median(one[one > 0]) / camera.fx for one, camera in zip(depth, seen.cameras, strict=True) if one.any()]))
+    found = cloud(points, given, pixel).around(atlas.position, atlas.direction)[1]
+    there = (found != 0).any(1)
+    normals[there] = found[there]
 
 
 def _from_splats(splats: Splats, points: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 3"]:

@@ -13,7 +13,7 @@ from backend.splats.model import SH_C0, Splats
 from backend.views.views import Views
 from protocol import recipes
 from protocol.errors import Cancelled
-from tests.backend.mesh.scenes import capture, glow, grey, sphere, torus, union, waves, with_passes
+from tests.backend.mesh.scenes import capture, glow, grey, rod, sphere, torus, union, waves, with_passes
 
 TEXTURE = recipes.Texture(size=256)
 BALL = trimesh.creation.icosphere(4, 0.6)
@@ -288,3 +288,19 @@ def test_views_that_show_nothing_give_a_plain_mesh(full_views):
     away = dataclasses.replace(full_views, cameras=[camera.moved((0, 0, 50), 1) for camera in full_views.cameras])  # looks elsewhere
     mesh = bake(as_mesh(RING), None, away, TEXTURE)
     assert mesh.texels_seen == 0
+
+
+def test_normals_of_a_thin_part_are_right_where_the_mesh_lies_a_third_of_a_pixel_beside_it():
+    wire = rod(0.02, 0.6)  # 1.2 pixels across
+    views = capture(union(wire, sphere(0.3, (0.5, 0, 0))), grey)
+    shape = trimesh.creation.cylinder(0.02, 1.2, sections=16)
+    shape.apply_translation((0.007, 0.007, 0))  # a third of a pixel
+    mesh = bake(as_mesh(shape.subdivide_to_size(0.05)), None, views, TEXTURE)
+    errors = []
+    for index in np.flatnonzero(views.holdout):
+        found, there = raster.normals(mesh, views.cameras[index])
+        point = views.cameras[index].unproject(views.depth[index])
+        same = there & (views.depth[index] > 0) & (np.abs(wire(point.reshape(-1, 3)).reshape(there.shape)) < 0.001)
+        errors.append(np.degrees(np.arccos(np.clip((found * views.normals[index]).sum(-1)[same], -1, 1))))
+    assert len(np.concatenate(errors)) > 200
+    assert np.concatenate(errors).mean() < 18
