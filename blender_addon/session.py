@@ -567,7 +567,7 @@ class Session:
     def _show_turntable(self, job: Job) -> None:
         """Loads the pictures of a result that moves, if it has any."""
         names = []
-        for path in sorted((job.results / "turntable").glob("*.png")):
+        for path in sorted(job.results.glob("turntable_*.png")):
             names.append(f"{job.data['id']}/{path.stem}")
             if names[-1] not in self.pictures:
                 self.pictures.load(names[-1], str(path), "IMAGE").image_size[:]

@@ -51,20 +51,18 @@ class AnimatedAsset:
     report: dict[str, Any]
 
     def save(self, folder: Path) -> None:
-        """Every result: mesh.glb (at rest), shape_keys.glb, armature.glb (metres, Y up), splats.ply (at rest) and splats/NNNN.ply of each
-        frame (metres, Z up), report.json, comparison.png, preview.png and turntable/NN.png."""
+        """Every result: mesh.glb (at rest), shape_keys.glb, armature.glb (metres, Y up), splats.ply (at rest) and splats_NNNN.ply of each
+        frame (metres, Z up), report.json, comparison.png, preview.png and turntable_NN.png."""
         glb.save(folder / "mesh.glb", self.mesh.mesh, self.frame, "mesh")
         glb.save_shape_keys(folder / "shape_keys.glb", self.mesh, self.frame, "mesh")
         glb.save_armature(folder / "armature.glb", self.mesh, self.rig, self.frame, "mesh")
         ply.save(folder / "splats.ply", self.splats.at(self.rest), self.frame)
-        (folder / "splats").mkdir(exist_ok=True)
         for moment, number in enumerate(self.mesh.frames):
-            ply.save(folder / "splats" / f"{frame_name(number)}.ply", self.splats.at(moment), self.frame)
+            ply.save(folder / f"splats_{frame_name(number)}.ply", self.splats.at(moment), self.frame)
         Image.fromarray(self.scores.comparison).save(folder / "comparison.png")
         Image.fromarray(self.scores.preview).save(folder / "preview.png")
-        (folder / "turntable").mkdir(exist_ok=True)
         for number, picture in enumerate(self.scores.turntable):
-            Image.fromarray(picture).save(folder / "turntable" / f"{number:02}.png")
+            Image.fromarray(picture).save(folder / f"turntable_{number:02}.png")
         report = {**self.report, **self.scores.figures}
         (folder / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
 

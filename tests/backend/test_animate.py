@@ -62,14 +62,14 @@ def test_files_are_there_and_another_reader_opens_them(made):
     names = {path.relative_to(folder / "out").as_posix() for path in (folder / "out").rglob("*") if path.is_file()}
     assert names == {
         "mesh.glb", "shape_keys.glb", "armature.glb", "splats.ply", "report.json", "comparison.png", "preview.png",
-        *(f"turntable/{number:02}.png" for number in range(36)), *(f"splats/000{number}.ply" for number in (1, 2, 3, 4)),
+        *(f"turntable_{number:02}.png" for number in range(36)), *(f"splats_000{number}.ply" for number in (1, 2, 3, 4)),
     }  # fmt: skip
     for name in ("mesh.glb", "shape_keys.glb", "armature.glb"):
         mesh = trimesh.load(folder / "out" / name, force="mesh", process=False)
         assert len(mesh.faces) == len(asset.mesh.mesh.faces)
     report = json.loads((folder / "out" / "report.json").read_text("utf-8"))
     assert report["recipe"] == "animate" and report["rest_frame"] in report["frames"]
-    with Image.open(folder / "out" / "turntable" / "35.png") as picture:
+    with Image.open(folder / "out" / "turntable_35.png") as picture:
         assert picture.size == (192, 192) and picture.mode == "RGBA"
 
 
