@@ -33,10 +33,10 @@ def main() -> None:
     for name, vertices in ways.items():  # by bones, by a cache: against the shape keys
         report[f"{name}_vertex_error"] = round(float(np.linalg.norm(vertices - made, axis=-1).mean()) / diagonal, 7)
     (a.out / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
-    rows = []
-    for name in ("source", "result"):
-        folders = sorted(a.scratch.glob(f"{name}_*"), key=lambda folder: int(folder.name.rpartition("_")[2]))
-        rows.append((name, [picture(folder / "color_000.png") for folder in folders]))
+    shown = range(len(list(a.scratch.glob("source_*"))))
+    views = sorted(path.name for path in (a.scratch / "source_0").glob("color_*.png"))
+    best = max(views, key=lambda view: sum(cover(a.scratch / f"source_{number}" / view) for number in shown))
+    rows = [(name, [picture(a.scratch / f"{name}_{number}" / best) for number in shown]) for name in ("source", "result")]
     sheet(rows).save(a.out / "strip.png")
     print_report(report)
 
@@ -63,6 +63,11 @@ def scores(made: np.ndarray, faces: np.ndarray, true: np.ndarray, true_faces: np
         "fastest": speed[0] / speed[1],
     }
     return {name: round(value, 5) for name, value in found.items()}
+
+
+def cover(path: Path) -> float:
+    """How much of a picture its subject fills."""
+    return float(np.asarray(Image.open(path).getchannel("A"), np.float32).mean())
 
 
 def picture(path: Path) -> np.ndarray:

@@ -80,11 +80,12 @@ def views_of(p: recipes.CaptureMotion, moments: int, seed: int) -> list[View]:
     for _ in range(1, -(-p.cameras // p.views)):
         turned = [rigs[0] @ _random_turn(random).T for _ in range(200)]
         rigs.append(min(turned, key=lambda rig: (rig @ np.concatenate(rigs).T).max()))
-    held_out = capture.between(np.concatenate(rigs), p.holdout * len(rigs), seed).reshape(len(rigs), p.holdout, 3)
+    held_out = capture.between(np.concatenate(rigs), p.holdout * len(rigs), seed)
     found = []
     for moment in range(moments):
         found += [View(moment, direction, held_out=False) for direction in rigs[moment % len(rigs)]]
-        found += [View(moment, direction, held_out=True) for direction in held_out[moment % len(rigs)]]
+        first = moment * max(1, p.holdout - 1)  # one camera stays from a moment to the next: what it sees change can be scored
+        found += [View(moment, held_out[(first + k) % len(held_out)], held_out=True) for k in range(p.holdout)]
     return found
 
 
