@@ -106,18 +106,23 @@ def follow(surface: Mesh, views: ViewSequence, rest: int, p: recipes.FitMotion, 
     rotations, translations = np.tile(np.eye(3), (moments, count, 1, 1)), np.zeros((moments, count, 3))
     tracker = _Tracker(surface, graph, p)
     order = [(moment, moment - 1) for moment in range(rest + 1, moments)] + [(moment, moment + 1) for moment in range(rest - 1, -1, -1)]
-    done, told, total = 0, time.monotonic(), len(order) * (len(STAGES) + len(AGAIN))
-    pictures: dict[int, _Pictures] = {}
+    done, told, total = 0, time.monotonic(), len(order) * (len(STAGES) + len(AGAIN)) - 2 * len(AGAIN)
+    pictures: dict[int, _Pictures] = {}  # of the newest two moments alone: hundreds of them would not fit into memory
 
-    def report(moment: int) -> None:
-        nonlocal told
-        preview = None
-        if time.monotonic() - told > 1:
-            told = time.monotonic()
-            preview = tracker.picture(pictures[moment], rotations[moment], translations[moment])
-        progress(0.02 + 0.98 * done / max(total, 1), f"Frame {views.frames[moment]:g}", preview)
+    def pass_over(moment: int, stages: tuple[Stage, ...], state, expected, own) -> None:
+        nonlocal done, told
+        for stage in stages:
+            state = tracker.steps(stage, pictures[moment], state, expected, own, p.smoothness_weight * STEADY)
+            rotations[moment], translations[moment] = state
+            done += 1
+            preview = None
+            if time.monotonic() - told > 1:
+                told = time.monotonic()
+                preview = tracker.picture(pictures[moment], rotations[moment], translations[moment])
+            progress(0.02 + 0.98 * done / max(total, 1), f"Frame {views.frames[moment]:g}", preview)
 
     for moment, last in order:
+        pictures = {one: pictures[one] for one in pictures if one == last}
         pictures[moment] = _Pictures.of(views.at(moment))
         earlier = 2 * last - moment
         turned, moved = rotations[last], translations[last]
@@ -126,25 +131,11 @@ def follow(surface: Mesh, views: ViewSequence, rest: int, p: recipes.FitMotion, 
             moved = 2 * moved - translations[earlier]
         elif last == rest and 0 <= 2 * rest - moment < moments and translations[2 * rest - moment].any():  # the other way, backwards
             turned, moved = np.swapaxes(rotations[2 * rest - moment], 1, 2), -translations[2 * rest - moment]
-        expected, state = (turned, moved), (turned, moved)
-        own = rotations[last], translations[last]
-        for stage in STAGES:
-            state = tracker.steps(stage, pictures[moment], state, expected, own, p.smoothness_weight * STEADY)
-            rotations[moment], translations[moment] = state
-            done += 1
-            report(moment)
-    for moment, _ in sorted(order):
-        before, after = max(moment - 1, 0), min(moment + 1, moments - 1)
-        if after - before < 2:
-            done += len(AGAIN)
-            continue
-        expected = _halfway((rotations[before], translations[before]), (rotations[after], translations[after]))
-        state = own = rotations[moment], translations[moment]
-        for stage in AGAIN:
-            state = tracker.steps(stage, pictures[moment], state, expected, own, p.smoothness_weight * STEADY)
-            rotations[moment], translations[moment] = state
-            done += 1
-            report(moment)
+        pass_over(moment, STAGES, (turned, moved), (turned, moved), (rotations[last], translations[last]))
+        if last != rest:  # again, now that what comes after it is known too
+            expected = _halfway((rotations[earlier], translations[earlier]), (rotations[moment], translations[moment]))
+            own = rotations[last].copy(), translations[last].copy()
+            pass_over(last, AGAIN, own, expected, own)
     quaternions = Rotation.from_matrix(rotations.reshape(-1, 3, 3)).as_quat(canonical=True)[:, [3, 0, 1, 2]]
     return Motion(
         rest,

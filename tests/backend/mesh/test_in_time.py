@@ -70,7 +70,7 @@ def test_a_surface_is_drawn_to_the_depth_and_its_points_stay_the_points_that_the
                 gaps.append(np.abs(np.linalg.norm(vertices[moment][ball == one] - centre, axis=1) - radius))
         return np.concatenate(gaps).mean()
 
-    assert off_surface(moving.vertices) < 0.5 * off_surface(plain)
+    assert off_surface(moving.vertices) < 0.6 * off_surface(plain)
     assert np.array_equal(moving.vertices[0], mesh.vertices)
     strayed = np.linalg.norm(moving.vertices - truth, axis=-1)[1:]
     assert strayed.mean() < np.linalg.norm(plain - truth, axis=-1)[1:].mean()
