@@ -91,7 +91,7 @@ def run(
     else:
         subject = capture.subject(bpy.context, objects=_objects(source))
     job = session.Shoot(subject, made).all_at_once()
-    now.wait_for_results(job)
+    now.wait_for_results(job, everything=save_to is not None)
     if save_to is not None:
         shutil.copytree(job.results, save_to, dirs_exist_ok=True)
     job.motion = import_motion.How(motion, loop, start)

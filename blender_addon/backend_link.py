@@ -377,12 +377,12 @@ class Link(threading.Thread):
 
         return self._client.submit(recipe, values, inputs, title=title, source=source, progress=report, id=id)
 
-    def _order_fetch(self, ticket: int, job: dict, folder: Path) -> Path:
-        """Downloads every result of a job into a folder."""
+    def _order_fetch(self, ticket: int, results: dict, folder: Path) -> Path:
+        """Downloads results of a job into a folder."""
         folder.mkdir(parents=True, exist_ok=True)
-        whole = sum(result["size"] for result in job["results"].values()) or 1
+        whole = sum(result["size"] for result in results.values()) or 1
         before = 0
-        for name, result in job["results"].items():
+        for name, result in results.items():
 
             def report(received, before=before):
                 if self._closing.is_set():

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import queue
+import re
 import shutil
 import statistics
 import sys
@@ -34,6 +35,7 @@ from .protocol.client import FINAL
 from .protocol.errors import Cancelled, KilnError
 
 BUSY, IDLE = 0.1, 0.5  # seconds between two looks at the queues
+SPLATS_OF_A_FRAME = re.compile(r"splats_n?\d+\.ply")
 TURN = 0.1  # seconds that each picture of a turning result is shown
 STORED = ("artifacts", "uploads", "stages", "runs", "temporary", "logs")  # the backend's folders in Kiln's home, beside its database
 LOG_LINES = 20  # of a job's log, kept for the panel
@@ -200,8 +202,9 @@ class Session:
         self._uploads[ticket] = shown["id"]
         self._sync_rows(select=shown["id"])
 
-    def fetch(self, job: Job) -> int:
-        """Downloads a finished job's results into this session's folder."""
+    def fetch(self, job: Job, everything: bool = False) -> int:
+        """Downloads a finished job's results into this session's folder; the splats of each frame, which no import uses, only where
+        `everything` is wanted."""
         job.transfer = 0.0
         folder = self.folder / "results" / job.data["id"]
 
@@ -214,7 +217,8 @@ class Session:
                 job.results = folder
                 self._show_turntable(job)
 
-        ticket = self.ask("fetch", fetched, job=job.data, folder=folder)
+        wanted = {name: result for name, result in job.data["results"].items() if everything or not SPLATS_OF_A_FRAME.fullmatch(name)}
+        ticket = self.ask("fetch", fetched, results=wanted, folder=folder)
         self._uploads[ticket] = job.data["id"]
         return ticket
 
@@ -471,7 +475,7 @@ class Session:
             self.want_backend()
             self.drain()
 
-    def wait_for_results(self, job: Job) -> None:
+    def wait_for_results(self, job: Job, everything: bool = False) -> None:
         """Blocks until a job is done and its results are here; raises its error. Ctrl+C cancels it."""
         job.wants_import = False  # the caller imports
 
@@ -499,7 +503,7 @@ class Session:
             raise KilnError("cancelled", f"{job.data['title']} was cancelled.", "")
         if job.results is None:
             before = len(self.notices)
-            self.fetch(job)
+            self.fetch(job, everything)
             self.wait(lambda: job.transfer is None, report)
             if job.results is None:
                 raise self.notices[min(before, len(self.notices) - 1)].error

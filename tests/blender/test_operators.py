@@ -396,7 +396,7 @@ def test_an_upload_can_be_given_up(link):
 @pytest.mark.parametrize("name", ["../mesh.glb", "..", "C:mesh.glb", "mesh.glb:hidden", "a\\b", "nul.glb", "con", "mesh.", "", "/etc/x"])
 def test_a_result_whose_name_leads_elsewhere_is_refused(link, name, tmp_path):
     with pytest.raises(KilnError) as failure:
-        link._order_fetch(1, {"results": {name: {"hash": "0" * 64, "size": 1}}}, tmp_path / "results")
+        link._order_fetch(1, {name: {"hash": "0" * 64, "size": 1}}, tmp_path / "results")
     assert failure.value.code == "bad-result"
 
 
