@@ -103,14 +103,16 @@ def tracks(things: list[bpy.types.Object], frames: list[float]) -> tuple[np.ndar
 
 def pictures(capture, recipes, source: list[bpy.types.Object], result: list[bpy.types.Object], frames: list[float], folder: Path) -> None:
     """Source and result at some frames, as the extension captures both, from the same cameras: folder/source_N and folder/result_N."""
-    scene, first = bpy.context.scene, None
+    scene = bpy.context.scene
     before = scene.frame_current
     p = recipes.Capture(views=4, size=SIZE, holdout=0, geometry=False, materials=False)
+    corners = np.concatenate(tracks(source, frames)[0]) / scene.unit_settings.scale_length
+    like = capture.Capture(capture.subject(bpy.context, objects=source), p, folder / "like")
+    like._centre, like._radius = capture.bounding_sphere(corners.astype(np.float64))  # of all frames
     for number, frame in enumerate(np.array(frames)[np.linspace(0, len(frames) - 1, min(SHOWN, len(frames))).round().astype(int)]):
         scene.frame_set(int(frame), subframe=float(frame) % 1)
         for name, things in (("source", source), ("result", result)):
-            work = capture.Capture(capture.subject(bpy.context, objects=things), p, folder / f"{name}_{number}", like=first)
-            first = first or work
+            work = capture.Capture(capture.subject(bpy.context, objects=things), p, folder / f"{name}_{number}", like=like)
             while work.step():
                 pass
             work.finish()
