@@ -27,16 +27,28 @@ def pieces(mesh: Mesh) -> Int[np.ndarray, "f"]:
 def drop_pieces(mesh: Mesh, smallest_share: float) -> Mesh:
     """Without pieces below a share of the whole area, hollows turned inside out, and pieces that no camera outside sees."""
     piece = pieces(mesh)
-    corners = mesh.vertices.astype(np.float64)[mesh.faces]
-    cross = np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0])
     count = piece.max() + 1
-    area = np.bincount(piece, np.linalg.norm(cross, axis=1) / 2, count)
-    volume = np.bincount(piece, (corners[:, 0] * cross).sum(1) / 6, count)
+    area, volume = (np.bincount(piece, of_face, count) for of_face in _sizes(mesh.vertices, mesh.faces))
     keep = (area >= smallest_share * area.sum()) & (volume > 0)
     keep[np.argmax(area)] = True
     if keep.sum() > 1:
         keep &= np.bincount(piece, visible(mesh, WITNESSES, 384), count) > 0
     return subset(mesh, keep[piece])
+
+
+@kernel
+def _sizes(vertices, faces):
+    """Each face's area, and the volume between it and the origin."""
+    area, volume = np.empty(len(faces)), np.empty(len(faces))
+    for f in range(len(faces)):
+        a, b, c = faces[f]
+        px, py, pz = np.float64(vertices[a, 0]), np.float64(vertices[a, 1]), np.float64(vertices[a, 2])
+        qx, qy, qz = vertices[b, 0] - px, vertices[b, 1] - py, vertices[b, 2] - pz
+        rx, ry, rz = vertices[c, 0] - px, vertices[c, 1] - py, vertices[c, 2] - pz
+        x, y, z = qy * rz - qz * ry, qz * rx - qx * rz, qx * ry - qy * rx
+        area[f] = np.sqrt(x * x + y * y + z * z) / 2
+        volume[f] = (px * x + py * y + pz * z) / 6
+    return area, volume
 
 
 def visible(mesh: Mesh, cameras: int, size: int) -> Bool[np.ndarray, "f"]:
@@ -56,8 +68,10 @@ def visible(mesh: Mesh, cameras: int, size: int) -> Bool[np.ndarray, "f"]:
 
 def subset(mesh: Mesh, faces: Bool[np.ndarray, "f"]) -> Mesh:
     """The chosen faces and the vertices that they use."""
-    used, index = np.unique(mesh.faces[faces], return_inverse=True)
-    return Mesh(mesh.vertices[used], index.reshape(-1, 3).astype(np.int32))
+    kept = mesh.faces[faces]
+    used = np.zeros(len(mesh.vertices), bool)
+    used[kept] = True
+    return Mesh(mesh.vertices[used], (np.cumsum(used, dtype=np.int32) - 1)[kept])
 
 
 def smooth(mesh: Mesh, passes: int) -> Mesh:
