@@ -40,22 +40,30 @@ def main() -> None:
         sys.exit(f"No GLB files in {a.assets}: name a folder with --assets.")
     reports = {}
     for file in files:
-        out = a.out / file.stem
         flags = ["--set", f"capture.size={a.size}", "--set", f"capture.views={a.views}", "--preset", a.preset]
         flags += [part for pair in a.set for part in ("--set", pair)]
         flags += ["--keep-views", str(a.keep_views / file.stem)] if a.keep_views else []
-        subprocess.run(
-            [sys.executable, str(HERE / "demo.py"), "--object", str(file), "--out", str(out), *flags], check=True, env=os.environ
-        )
-        reports[file.stem] = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    columns = [column for column in COLUMNS if all(report.get(column) is not None for report in reports.values())]
+        reports[file.stem] = report_of(file, a.out, flags)
+    print_table(reports, COLUMNS)
+    if a.json:
+        a.json.write_text(json.dumps(reports, indent=1, allow_nan=False), encoding="utf-8")
+
+
+def report_of(file: Path, out: Path, flags: list[str]) -> dict:
+    """The demo's report of one object."""
+    command = [sys.executable, str(HERE / "demo.py"), "--object", str(file), "--out", str(out / file.stem), *flags]
+    subprocess.run(command, check=True, env=os.environ)
+    return json.loads((out / file.stem / "report.json").read_text(encoding="utf-8"))
+
+
+def print_table(reports: dict[str, dict], names: list[str]) -> None:
+    """A row for each object and one of medians, of the figures that all reports have."""
+    columns = [column for column in names if all(report.get(column) is not None for report in reports.values())]
     print("| asset | " + " | ".join(columns) + " |\n|---" + "|---" * len(columns) + "|")
     for name, report in reports.items():
         print(f"| {name} | " + " | ".join(shown(report[column]) for column in columns) + " |")
     medians = [statistics.median(float(report[column]) for report in reports.values()) for column in columns]
     print("| **median** | " + " | ".join(shown(value) for value in medians) + " |")
-    if a.json:
-        a.json.write_text(json.dumps(reports, indent=1, allow_nan=False), encoding="utf-8")
 
 
 def shown(value: float | bool) -> str:

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import statistics
-import subprocess
 import sys
 from pathlib import Path
 
-from bench_assets import shown
+from bench_assets import print_table, report_of
 
 HERE = Path(__file__).resolve().parent
 COLUMNS = (
@@ -37,21 +34,10 @@ def main() -> None:
     files = [file for file in sorted(a.assets.glob("*.glb")) if not a.only or file.stem in a.only.split(",")]
     if not files:
         sys.exit(f"No GLB files in {a.assets}: name a folder with --assets.")
-    reports = {}
-    for file in files:
-        out = a.out / file.stem
-        flags = ["--recipe", "animate", "--preset", a.preset, "--frames", str(a.frames)]
-        flags += [part for pair in a.set for part in ("--set", pair)]
-        subprocess.run(
-            [sys.executable, str(HERE / "demo.py"), "--object", str(file), "--out", str(out), *flags], check=True, env=os.environ
-        )
-        reports[file.stem] = json.loads((out / "report.json").read_text(encoding="utf-8"))
-    columns = [column for column in COLUMNS if all(report.get(column) is not None for report in reports.values())]
-    print("| asset | " + " | ".join(columns) + " |\n|---" + "|---" * len(columns) + "|")
-    for name, report in reports.items():
-        print(f"| {name} | " + " | ".join(shown(report[column]) for column in columns) + " |")
-    medians = [statistics.median(float(report[column]) for report in reports.values()) for column in columns]
-    print("| **median** | " + " | ".join(shown(value) for value in medians) + " |")
+    flags = ["--recipe", "animate", "--preset", a.preset, "--frames", str(a.frames)]
+    flags += [part for pair in a.set for part in ("--set", pair)]
+    reports = {file.stem: report_of(file, a.out, flags) for file in files}
+    print_table(reports, COLUMNS)
     if a.json:
         a.json.write_text(json.dumps(reports, indent=1, allow_nan=False), encoding="utf-8")
 

@@ -74,21 +74,21 @@ def _flag(default, help, advanced=False):
     return field(default=default, metadata=dict(help=help, advanced=advanced))
 
 
+COLORS = {
+    "base_color": "The material's own colour, without light: the asset can be relit",
+    "cycles": "As Cycles renders it in the scene's light",
+    "eevee": "As EEVEE renders it in the scene's light",
+}
+DEVICES = {"auto": "An NVIDIA GPU where one can be used, else the CPU", "cpu": "The CPU", "cuda": "An NVIDIA GPU"}
+
+
 @dataclass(frozen=True)
 class Capture:
     """How the extension renders the subject. The backend records it and does not use it."""
 
     views: int = _number(24, 4, 200, "Cameras around the subject, on rings and at the poles.")
     size: int = _number(512, 64, 4096, "Width and height of each view.", "px")
-    color: str = _choice(
-        "base_color",
-        {
-            "base_color": "The material's own colour, without light: the asset can be relit",
-            "cycles": "As Cycles renders it in the scene's light",
-            "eevee": "As EEVEE renders it in the scene's light",
-        },
-        "What the views show.",
-    )
+    color: str = _choice("base_color", COLORS, "What the views show.")
     samples: int = _number(16, 1, 4096, "Render samples a pixel.", advanced=True)
     geometry: bool = _flag(True, "Render exact depth and normals beside the colour.", advanced=True)
     materials: bool = _flag(
@@ -105,12 +105,7 @@ class Fit:
     splats: int = _number(20_000, 500, 2_000_000, "Gaussians in the finished model, at most.")
     iterations: int = _number(1000, 50, 100_000, "Optimisation steps, one view each.")
     sh_degree: int = _number(0, 0, 3, "Degree of the colour's change with the viewing direction; 0 for unlit colour.")
-    device: str = _choice(
-        "auto",
-        {"auto": "An NVIDIA GPU where one can be used, else the CPU", "cpu": "The CPU", "cuda": "An NVIDIA GPU"},
-        "Where the fit runs.",
-        True,
-    )
+    device: str = _choice("auto", DEVICES, "Where the fit runs.", True)
     ssim_weight: float = _number(0.2, 0.0, 1.0, "Share of structural similarity in the colour loss; the rest is L1.", advanced=True)
     alpha_weight: float = _number(0.5, 0.0, 100.0, "Weight of the silhouette's L1 loss.", advanced=True)
     depth_weight: float = _number(0.1, 0.0, 100.0, "Weight of the depth's L1 loss, where views have depth.", advanced=True)
@@ -209,15 +204,7 @@ class CaptureMotion:
         24, 4, 200, "Cameras altogether, rounded up to whole sets: each set surrounds the subject, and sees every so many frames."
     )
     size: int = _number(256, 64, 4096, "Width and height of each view.", "px")
-    color: str = _choice(
-        "base_color",
-        {
-            "base_color": "The material's own colour, without light: the asset can be relit",
-            "cycles": "As Cycles renders it in the scene's light",
-            "eevee": "As EEVEE renders it in the scene's light",
-        },
-        "What the views show.",
-    )
+    color: str = _choice("base_color", COLORS, "What the views show.")
     samples: int = _number(16, 1, 4096, "Render samples a pixel.", advanced=True)
     materials: bool = _flag(
         True, "Render roughness, metallic, opacity and emission beside the base colour, for the asset's own maps.", advanced=True
@@ -234,12 +221,7 @@ class FitMotion:
     iterations: int = _number(3000, 50, 100_000, "Optimisation steps over all frames, one view each.")
     nodes: int = _number(300, 20, 5000, "Control nodes that carry the motion.")
     sh_degree: int = _number(0, 0, 3, "Degree of the colour's change with the viewing direction; 0 for unlit colour.")
-    device: str = _choice(
-        "auto",
-        {"auto": "An NVIDIA GPU where one can be used, else the CPU", "cpu": "The CPU", "cuda": "An NVIDIA GPU"},
-        "Where the fit runs.",
-        True,
-    )
+    device: str = _choice("auto", DEVICES, "Where the fit runs.", True)
     ssim_weight: float = _number(0.2, 0.0, 1.0, "Share of structural similarity in the colour loss; the rest is L1.", advanced=True)
     alpha_weight: float = _number(0.5, 0.0, 100.0, "Weight of the silhouette's L1 loss.", advanced=True)
     depth_weight: float = _number(0.1, 0.0, 100.0, "Weight of the depth's L1 loss, where views have depth.", advanced=True)
