@@ -260,6 +260,12 @@ def gather(path: Path, kind: str) -> dict[str, Path]:
     """The input files of a recipe, by the names that they have for it: what `transforms.json` names, a file of splats, or a folder."""
     if kind == "splats":
         return _gather_splats(path)
+    if path.is_file() and path.name != "transforms.json" and kind in ("views", "motion"):
+        raise KilnError(
+            "bad-input",
+            f"{path.name} is no folder of views.",
+            "Give pictures from several cameras, with the places of these in transforms.json; no recipe takes one picture or a video yet.",
+        )
     if path.is_file() and path.name != "transforms.json":
         return {check_name(path.name): path}
     folder = path.parent if path.is_file() else path

@@ -26,12 +26,8 @@ def main() -> None:
     report = json.loads((a.out / "report.json").read_text(encoding="utf-8"))
     with np.load(a.scratch / "tracks.npz") as given:
         true, true_faces, made, faces = (given[name] for name in ("true", "true_faces", "made", "faces"))
-        ways = {name.removeprefix("way_"): given[name] for name in given.files if name.startswith("way_")}
     rest = report["frames"].index(report["rest_frame"])
     report |= scores(made, faces, true, true_faces, rest)
-    diagonal = float(np.linalg.norm(np.ptp(true.reshape(-1, 3), axis=0)))
-    for name, vertices in ways.items():  # by bones, by a cache: against the shape keys
-        report[f"{name}_vertex_error"] = round(float(np.linalg.norm(vertices - made, axis=-1).mean()) / diagonal, 7)
     (a.out / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
     shown = range(len(list(a.scratch.glob("source_*"))))
     views = sorted(path.name for path in (a.scratch / "source_0").glob("color_*.png"))
@@ -75,16 +71,20 @@ def picture(path: Path) -> np.ndarray:
     return pixels[..., :3] * pixels[..., 3:] + 0.22 * (1 - pixels[..., 3:])
 
 
+def decibels(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.2f} dB"
+
+
 def print_report(report: dict) -> None:
     r = report
     seconds = "  ".join(f"{name} {value:.1f}" for name, value in r["seconds"].items())
     print(f"""
-held-out PSNR   splats {r["splats_psnr"]:.2f} dB   shape keys {r["mesh_psnr"]:.2f} dB   armature {r["armature_psnr"]:.2f} dB
-change          {r["flicker"]} dB between frames, against the source's
+held-out PSNR   splats {decibels(r["splats_psnr"])}   shape keys {decibels(r["mesh_psnr"])}   armature {decibels(r["armature_psnr"])}
+change          {decibels(r["flicker"])} between frames, against the source's
 surface         Chamfer {r["chamfer"]:.5f}   F-score {r["f1"]:.3f} at 1%, worst frame {r["f1_worst"]:.3f}   {r["f05"]:.3f} at 0.5%
 tracking        mean {r["tracking_error"]:.2%}   95th percentile {r["tracking_error_95"]:.2%}   fastest {r["fastest"]:.2f} x the source's
 armature        {r["bones"]} bones   mean vertex error {r["armature_error"]:.3%} of the diagonal
-mesh            {r["faces"]} faces   {len(r["frames"])} frames   splats {r["splats"]}   peak memory {r["peak_memory"] / 1e9:.2f} GB
+mesh            {r["faces"]} faces   {len(r["frames"])} frames   splats {r["splats"]}   peak memory {(r["peak_memory"] or 0) / 1e9:.2f} GB
 seconds         {seconds}   from button to imported asset {r["total_seconds"]:.1f}
 """)
 

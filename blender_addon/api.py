@@ -19,7 +19,7 @@ from pathlib import Path
 
 import bpy
 
-from . import capture, export, import_motion, properties, rebake, session
+from . import capture, capture_motion, export, import_motion, properties, rebake, session
 from .import_asset import Imported
 from .protocol import recipes
 from .protocol.errors import KilnError
@@ -75,7 +75,7 @@ def run(
     """Like `reconstruct`, for any recipe by its name. `quads`: about how many quads to remesh the result to; 0 leaves its triangles.
     `motion`, `loop` and `start`: as of `animate`, where the result moves."""
     named = {properties.identifier(parameter.name): parameter.name for parameter in recipes.parameters(recipes.recipe_named(recipe))}
-    values = {named.get(name, name): value for name, value in parameters.items()}
+    values = capture_motion.with_own_range({named.get(name, name): value for name, value in parameters.items()})
     made = recipes.make(recipe, values, preset)  # refuses what is unknown or out of range
     if motion not in import_motion.FILES:
         raise KilnError("bad-parameter", f"There is no motion {motion!r}.", f"Choose one of {', '.join(import_motion.FILES)}.")

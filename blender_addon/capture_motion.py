@@ -40,6 +40,12 @@ def resolved(values: dict, scene: bpy.types.Scene) -> dict:
     return {**values, "capture.frame_start": scene.frame_start, "capture.frame_end": scene.frame_end}
 
 
+def with_own_range(given: dict) -> dict:
+    """Flat values that a caller gave, where a first or last frame among them means that the scene's range is not to be taken."""
+    own = {"capture.frame_start", "capture.frame_end"} & set(given)
+    return {"capture.scene_frames": False, **given} if own else given
+
+
 def frames(p: recipes.CaptureMotion) -> range:
     """The frames to capture. Raises KilnError("bad-parameter") where they are not several, or more than a job can hold."""
     chosen = range(p.frame_start, p.frame_end + 1, p.frame_step)
@@ -84,7 +90,7 @@ def views_of(p: recipes.CaptureMotion, moments: int, seed: int) -> list[View]:
     found = []
     for moment in range(moments):
         found += [View(moment, direction, held_out=False) for direction in rigs[moment % len(rigs)]]
-        first = moment * max(1, p.holdout - 1)  # one camera stays from a moment to the next: what it sees change can be scored
+        first = moment * (p.holdout - 1)  # one camera stays from a moment to the next: what it sees change can be scored
         found += [View(moment, held_out[(first + k) % len(held_out)], held_out=True) for k in range(p.holdout)]
     return found
 

@@ -8,7 +8,7 @@ import bpy
 from bpy.props import BoolProperty, CollectionProperty, EnumProperty, FloatProperty, IntProperty, StringProperty
 from bpy_extras.io_utils import ImportHelper
 
-from . import import_asset, preferences, properties, rebake, session
+from . import capture_motion, import_asset, preferences, properties, rebake, session
 from .protocol import connection, recipes
 from .protocol.errors import KilnError
 
@@ -78,10 +78,12 @@ class KILN_OT_generate(bpy.types.Operator):
             values = recipes.values(recipes.make(name, preset=self.preset))
         else:
             values = properties.values(getattr(settings, name), recipe)
-        for parameter in recipes.parameters(recipe):
-            if self.properties.is_property_set(properties.identifier(parameter.name)):
-                values[parameter.name] = properties.value_of(self.properties, parameter)
-        return name, recipes.values(recipes.make(name, values))
+        given = {
+            parameter.name: properties.value_of(self.properties, parameter)
+            for parameter in recipes.parameters(recipe)
+            if self.properties.is_property_set(properties.identifier(parameter.name))
+        }
+        return name, recipes.values(recipes.make(name, {**values, **capture_motion.with_own_range(given)}))
 
     def begin(self, context) -> None:
         """Everything that can refuse before the first view is rendered."""

@@ -239,7 +239,9 @@ def draw_parameters(layout, group, recipe: type, advanced: bool, without: tuple[
             heading, column = name, layout.column(align=True)
             if name:
                 column.label(text=name.capitalize())
-        column.prop(group, properties.identifier(parameter.name))
+        row = column.row(align=True)
+        row.active = parameter.name not in ("capture.frame_start", "capture.frame_end") or not group.capture_scene_frames
+        row.prop(group, properties.identifier(parameter.name))
 
 
 class KilnPanel:

@@ -35,8 +35,9 @@ from .protocol.client import FINAL
 from .protocol.errors import Cancelled, KilnError
 
 BUSY, IDLE = 0.1, 0.5  # seconds between two looks at the queues
-SPLATS_OF_A_FRAME = re.compile(r"splats_n?\d+\.ply")
+SPLATS_OF_A_FRAME = re.compile(r"splats_n?\d+(\.\d+)?\.ply")
 TURN = 0.1  # seconds that each picture of a turning result is shown
+TURNS = 3  # that it makes before it rests, once it has come in or was chosen in the list
 STORED = ("artifacts", "uploads", "stages", "runs", "temporary", "logs")  # the backend's folders in Kiln's home, beside its database
 LOG_LINES = 20  # of a job's log, kept for the panel
 ICONS = {"queued": "TIME", "running": "RENDER_ANIMATION", "cancelling": "CANCEL", "done": "CHECKMARK", "failed": "ERROR", "cancelled": "X"}
@@ -92,7 +93,7 @@ class Session:
         self.environment = "missing"  # environment.state()
         self.pictures = bpy.utils.previews.new()
         self.turntables: dict[str, list[str]] = {}  # names of the pictures of results that move, by job
-        self.turned = -math.inf  # when one of them was last drawn
+        self.turning, self.turned_from, self.turned = "", 0.0, -math.inf  # the job that turns, since when, and when it was last drawn
         self._speeds: dict[str, float] = {}  # by recipe, until a job or the backend changes
         self._then: dict[int, Callable] = {}
         self._starting = 0  # ticket of the last "start" until it is answered
@@ -237,9 +238,7 @@ class Session:
 
     def _forget(self, job: Job) -> None:
         self.jobs.pop(job.data["id"], None)
-        for name in [job.data["id"], *self.turntables.pop(job.data["id"], ())]:
-            if name in self.pictures:
-                del self.pictures[name]
+        self._drop_pictures(job.data["id"])
         for folder in (job.results, job.views):
             if folder:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -324,6 +323,8 @@ class Session:
             job = known.get(data["id"]) or Job(data)
             job.data = data
             self.jobs[data["id"]] = job
+        for gone in set(known) - set(self.jobs):
+            self._drop_pictures(gone)
 
     def _on_job(self, job) -> None:
         if job["id"] in self.jobs:
@@ -556,8 +557,13 @@ class Session:
     def icon(self, job: Job) -> int:
         """Blender's icon number of the job's newest picture, 0 without one; of what moves, the picture of this moment."""
         if turning := self.turntables.get(job.data["id"]):
-            self.turned = time.monotonic()  # the timer goes on drawing while somebody looks
-            return self.pictures[turning[int(self.turned / TURN) % len(turning)]].icon_id
+            now = time.monotonic()
+            if self.turning != job.data["id"]:
+                self.turning, self.turned_from = job.data["id"], now
+            number = int((now - self.turned_from) / TURN)
+            if number < TURNS * len(turning):
+                self.turned = now  # the timer goes on drawing while somebody looks
+            return self.pictures[turning[number % len(turning) if number < TURNS * len(turning) else 0]].icon_id
         return self.pictures[job.data["id"]].icon_id if job.data["id"] in self.pictures else 0
 
     def _show_picture(self, job: Job) -> None:
@@ -568,6 +574,11 @@ class Session:
         if job.picture:
             self.pictures.load(name, str(job.picture), "IMAGE").image_size[:]
 
+    def _drop_pictures(self, job: str) -> None:
+        for name in [job, *self.turntables.pop(job, ())]:
+            if name in self.pictures:
+                del self.pictures[name]
+
     def _show_turntable(self, job: Job) -> None:
         """Loads the pictures of a result that moves, if it has any."""
         names = []
@@ -576,7 +587,7 @@ class Session:
             if names[-1] not in self.pictures:
                 self.pictures.load(names[-1], str(path), "IMAGE").image_size[:]
         if names:
-            self.turntables[job.data["id"]] = names
+            self.turntables[job.data["id"]], self.turning = names, ""
 
     def expected_seconds(self, recipe: str, values: dict) -> float | None:
         """The longest that a job with exactly these parameters took here (one that found finished stages took less); None without one:
@@ -603,7 +614,8 @@ class Session:
         found: dict[str, tuple[float, float]] = {}
         for job in self.listed()[:50]:
             data = job.data
-            if data["state"] == "done" and data["attempts"] == 1 and not job.cached and data["recipe"] in names:
+            told = data["recipe"] != "animate" or "frame_start" in (data["source"] or {})  # else its parameters do not say how many frames
+            if data["state"] == "done" and data["attempts"] == 1 and not job.cached and data["recipe"] in names and told:
                 with suppress(KeyError, TypeError):  # parameters of another version of Kiln
                     expected = estimates.backend_seconds(data["recipe"], data["parameters"], self.gpu, (data["source"] or {}).get("splats"))
                     took = data["finished"] - data["started"]

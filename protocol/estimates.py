@@ -28,6 +28,10 @@ QUANTITIES: dict[str, Callable[[Values], float]] = {
     "job": lambda v: 1,
     "views": lambda v: v["count"],
     "frames": lambda v: v["frames"],  # of a moving subject
+    "megapixels of a frame": lambda v: v["count"] * v["size"] ** 2 / 1e6 / v["frames"],
+    "frames x kilosplats": lambda v: v["frames"] * v["splats"] / 1e3,
+    "fitted megapixels": lambda v: min(v["count"] * v["size"] ** 2 / 1e6, 53),  # a moving fit keeps no more of them prepared
+    "baked megapixels": lambda v: min(v["count"] * v["size"] ** 2 / 1e6, 30),  # nor looks its bake at more
     "frames x nodes": lambda v: v["frames"] * v["fit.nodes"],
     "frames x kilofaces": lambda v: v["frames"] * v["surface.faces"] / 1e3,
     "megapixels": lambda v: v["count"] * v["size"] ** 2 / 1e6,  # of all views
@@ -84,11 +88,22 @@ SECONDS: dict[str, dict[str, float]] = {
         "megapixels": 0.14,  # visibility of the cells in every view
         "surface kilocells": 0.02,  # marching cubes, smoothing, and decimation from that many triangles
     },
+    "extract a frame": {
+        "job": 0.05,
+        "megapixels of a frame": 0.14,
+        "surface kilocells": 0.02,
+    },
     "bake": {
         "job": 0.4,
         "kilofaces": 0.2,  # charts
         "megatexels": 1.9,  # rasterising and solving the texture
         "megapixels": 0.3,  # every view is looked up
+    },
+    "bake in time": {
+        "job": 0.4,
+        "kilofaces": 0.2,
+        "megatexels": 1.9,
+        "baked megapixels": 0.3,
     },
     "measure": {
         "views": 0.004,
@@ -127,10 +142,30 @@ BYTES: dict[str, dict[str, float]] = {
     "measure": {
         "megapixels": 62e6,  # pictures of splats and mesh beside the views
     },
+    # Of what moves, all views stay for all stages, with more of each than what `base` counts
+    "fit in time": {
+        "kilosplats": 0.1e6,
+        "frames x kilosplats": 0.15e6,  # where each is at each moment, and its moments of Adam
+        "megapixels": 12e6,
+        "fitted megapixels": 20e6,
+    },
+    "extract a frame": {
+        "megacells": 8e6,
+        "surface kilocells": 1.2e6,
+        "megapixels": 12e6,
+        "megapixels of a frame": 46e6,
+    },
+    "bake in time": {
+        "megatexels": 180e6,
+        "megapixels": 12e6,
+        "baked megapixels": 40e6,
+        "kilofaces": 1e6,
+    },
 }
 
 STAGES = {"reconstruct": ("capture", "read", "fit", "extract", "bake", "measure", "import"),
-          "animate": ("capture", "read", "follow", "fit", "extract", "bake", "armature", "measure", "import"),
+          "animate": ("capture", "read", "follow", "fit in time", "extract a frame", "bake in time", "armature", "measure in time",
+                      "import"),
           "mesh_splats": ("export", "read", "look", "extract", "bake", "measure", "import")}  # fmt: skip
 IN_BLENDER = ("capture", "export", "import")
 
@@ -139,7 +174,8 @@ def stage_seconds(recipe: str, values: Values, gpu: bool = False, splats: int | 
     """Seconds of each stage on two quiet cores. splats: how many the input has, for recipes that start from them."""
     quantities = known(recipe, values, splats)
     fit = "fit on a GPU" if gpu and values.get("fit.device") != "cpu" else "fit"
-    return {stage: _sum(SECONDS[fit if stage == "fit" else stage], quantities) for stage in STAGES[recipe]}
+    named = {stage: stage if stage in SECONDS else stage.removesuffix(" in time") for stage in STAGES[recipe]}
+    return {stage: _sum(SECONDS[fit if name == "fit" else name], quantities) for stage, name in named.items()}
 
 
 def backend_seconds(recipe: str, values: Values, gpu: bool = False, splats: int | None = None) -> float:

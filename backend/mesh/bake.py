@@ -72,11 +72,13 @@ def bake_in_time(
 ) -> AnimatedMesh:
     """`bake` of a mesh that moves, from the views of all moments: what is hidden at one is coloured from another.
 
-    Of long sequences every so many moments are looked at, so that it is MOST_PIXELS in all.
+    Of many views those at rest are looked at, and as many of the others, drawn from all moments and cameras, as make up MOST_PIXELS.
     """
     fitted = ~views.views.holdout
-    every = -(-int(fitted.sum()) * views.views.alpha[0].size // MOST_PIXELS)
-    used = fitted & ((views.time - moving.rest) % every == 0)
+    used = fitted & (views.time == moving.rest)
+    others = np.flatnonzero(fitted & ~used)
+    room = max(MOST_PIXELS // views.views.alpha[0].size - int(used.sum()), 0)
+    used[np.random.default_rng(0).permutation(others)[:room]] = True
     poses = _Poses(moving.vertices, views.time[used])
     made, source = _bake(moving.at(moving.rest), poses, splats.at(moving.rest), views.views.subset(used), p, progress)
     normals = np.stack([vertex_normals(moving.at(moment))[source] for moment in range(len(moving.vertices))])

@@ -44,6 +44,7 @@ def carry(surface: Mesh, motion: Motion, views: ViewSequence, progress: Progress
                 told, known = _distances(placed, normals, looks[moment])
                 offsets[moment] += _spread(told, known, average)
             offsets = _steadied(np.clip(offsets, -REACH, REACH))
+            offsets[motion.rest] = 0
         for moment in range(moments):
             if moment != motion.rest:
                 normals = vertex_normals(Mesh(carried[moment], surface.faces))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from backend.mesh.bake import bake_in_time
 from backend.mesh.carry import carry
 from backend.mesh.extract import extract
@@ -15,6 +17,9 @@ from backend.splats.fit_motion import fit_motion
 from backend.splats.follow import follow, most_open
 from backend.views.sequence import ViewSequence, load
 from protocol import recipes
+from protocol.errors import KilnError
+
+STILL = 2e-3  # unit frame: nodes of what stands still stray less, by the noise of following
 
 
 def animate(run: Run, folder: Path, p: recipes.Animate) -> AnimatedAsset:
@@ -28,6 +33,9 @@ def from_sequence(run: Run, views: ViewSequence, p: recipes.Animate) -> Animated
     rest = run.stage("Choose the rest pose", most_open, views)
     surface = run.stage("Extract surface", extract, None, views.at(rest), p.surface)
     coarse = run.stage("Follow the motion", follow, surface, views, rest, p.fit, p.seed)
+    if np.linalg.norm(coarse.translations, axis=-1).max() < STILL:
+        hint = "Choose other frames, or the recipe reconstruct for what does not move."
+        raise KilnError("bad-input", "Nothing moves in these views.", hint)
     splats, motion = run.stage("Fit splats", fit_motion, views, coarse, p.fit, p.seed)
     moving = run.stage("Carry the surface", carry, surface, motion, views)
     mesh = run.stage("Bake texture", bake_in_time, moving, splats, views, p.texture)

@@ -69,7 +69,8 @@ class AnimatedAsset:
 
 def frame_name(number: float) -> str:
     """A frame's number in file names: digits that sort as the frames do, before which frames below zero have an n."""
-    return f"{'n' if number < 0 else ''}{abs(round(number)):04}"
+    whole, _, part = f"{abs(number):.3f}".rstrip("0").partition(".")
+    return f"{'n' if number < 0 else ''}{whole:0>4}{'.' if part else ''}{part}"
 
 
 def at(mesh: AnimatedMesh, moment: int) -> TexturedMesh:

@@ -71,14 +71,15 @@ def most_open(views: ViewSequence, progress: Progress = silent) -> int:
 
     What is pressed together hides some of it: the area counts too, as parts that touch would be one in the mesh.
     """
-    clouds = []
-    for moment in range(len(views)):
-        progress(0.5 * moment / len(views), f"Moment {moment + 1} of {len(views)}")
-        clouds.append(_cloud(views.at(moment)))
-    extent = max(float(np.ptp(points, axis=0).max()) for points, _, _ in clouds if len(points))
-    areas, contacts = np.zeros(len(clouds)), np.ones(len(clouds))
-    for moment, (points, normals, _) in enumerate(clouds):
-        progress(0.5 + 0.5 * moment / len(views), f"Moment {moment + 1} of {len(views)}")
+    moments, extent = len(views), 0.0
+    for moment in range(moments):
+        progress(0.3 * moment / moments, f"Moment {moment + 1} of {moments}")
+        points, _, _ = _cloud(views.at(moment))
+        extent = max(extent, float(np.ptp(points, axis=0).max())) if len(points) else extent
+    areas, contacts = np.zeros(moments), np.ones(moments)
+    for moment in range(moments):  # read anew: the points of hundreds of moments would not fit into memory
+        progress(0.3 + 0.7 * moment / moments, f"Moment {moment + 1} of {moments}")
+        points, normals, _ = _cloud(views.at(moment))
         if len(points) == 0:
             continue
         for cells in CELLS:  # the cells that the surface meets; several sizes, as each lies on the grid by chance
@@ -92,7 +93,7 @@ def most_open(views: ViewSequence, progress: Progress = silent) -> int:
         contacts[moment] = len(np.unique(pairs[facing])) / len(points)
     closed = contacts + HIDING * (1 - areas / areas.max())
     closed = np.convolve(np.pad(closed, 1, mode="edge"), np.full(3, 1 / 3), "valid")  # other cameras see other parts: that is no motion
-    middle = np.abs(np.arange(len(clouds)) - (len(clouds) - 1) / 2)
+    middle = np.abs(np.arange(moments) - (moments - 1) / 2)
     return int(np.argmin(np.where(closed <= closed.min() + TIE, middle, np.inf)))
 
 

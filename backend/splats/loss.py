@@ -213,6 +213,7 @@ def loss_and_gradients(
     height, width, row = rasteriser.height, rasteriser.width, rasteriser.row
     x0, y0, x1, y1 = x0 * TILE, y0 * TILE, x1 * TILE, min(y1 * TILE, height)
     gradients = rasteriser.buffer("plane_gradients", planes.size)
+    gradients.reshape(planes.shape)[:, height:] = 0  # rows of the padding: read by the way back, and not to be what memory happens to hold
     losses = np.zeros(4 * (-(-(y1 - y0) // BAND)), np.float32)
     pixels = width * height
     factors = np.array(

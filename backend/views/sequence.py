@@ -93,7 +93,7 @@ def _refuse_too_little(entries: list[Entry], shown: Float[np.ndarray, "v"], fram
         raise KilnError(
             "bad-input",
             "Each frame is seen by one camera only.",
-            f"This recipe needs several cameras at every frame, {LEAST_VIEWS} or more; a video from one camera is not enough for it.",
+            f"This recipe needs {LEAST_VIEWS} cameras or more at every frame; no recipe takes a video from one camera yet.",
         )
     fitted = Counter(frame for frame, entry in zip(shown, entries, strict=True) if not entry.held_out)
     for frame in frames:

@@ -10,8 +10,10 @@ from PIL import Image
 from backend.pipelines.animate import from_sequence
 from backend.pipelines.animated_asset import frame_name
 from backend.pipelines.run import Run
+from backend.views.sequence import ViewSequence
+from backend.views.views import Views
 from protocol import recipes
-from protocol.errors import Cancelled
+from protocol.errors import Cancelled, KilnError
 from tests.backend.splats import two_balls
 
 MOMENTS = 4
@@ -95,6 +97,17 @@ def test_pictures_come_while_it_runs_and_cancelling_stops_it(made, views):
     assert "Fit splats" not in seen
 
 
-def test_frames_below_zero_have_names_of_their_own():
-    names = [frame_name(number) for number in (-12, 0, 7, 12, 12000)]
-    assert names == ["n0012", "0000", "0007", "0012", "12000"]
+def test_what_stands_still_is_refused(views):
+    """From other cameras at each moment."""
+    order = [i for moment in range(MOMENTS) for i in np.flatnonzero(~views.views.holdout & (views.time == moment))]
+    still = [two_balls.picture(views.views.cameras[i], 0) for i in order]
+    images, alpha, depth, normals = (np.stack([one[part] for one in still]) for part in range(4))
+    cameras = [views.views.cameras[i] for i in order]
+    seen = Views(cameras, images, alpha, depth, normals, np.zeros(len(order), bool), views.views.frame)
+    with pytest.raises(KilnError, match="Nothing moves"):
+        from_sequence(Run(), ViewSequence(seen, views.time[order], views.frames, views.fps), recipes.make("animate", SMALL))
+
+
+def test_frames_below_zero_and_between_others_have_names_of_their_own():
+    names = [frame_name(number) for number in (-12, 0, 7, 12, 12.5, 12000)]
+    assert names == ["n0012", "0000", "0007", "0012", "0012.5", "12000"]

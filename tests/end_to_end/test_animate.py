@@ -77,6 +77,7 @@ def test_what_moves_comes_out_as_a_mesh_that_moves_the_same_way(tmp_path):
     scene = bpy.context.scene
     assert scene.frame_current == 5 and (scene.frame_start, scene.frame_end) == FRAMES
     report = json.loads((tmp_path / "report.json").read_text("utf-8"))
+    assert (tmp_path / "splats_0003.ply").is_file() and (tmp_path / "turntable_35.png").is_file()
     assert report["frames"] == [3, 4, 5, 6] and report["recipe"] == "animate"
     assert made.mesh_object.data.shape_keys.animation_data.action is not None
     for frame in range(FRAMES[0], FRAMES[1] + 1):
@@ -84,10 +85,18 @@ def test_what_moves_comes_out_as_a_mesh_that_moves_the_same_way(tmp_path):
         assert surface_distance(made.mesh_object, thing) < 0.02 * 1.6
 
 
+def test_a_first_frame_that_is_given_counts_before_the_scene_s_range():
+    subject()
+    made = api.animate("Capsule", **{**SMALL, "capture_frame_start": 4, "capture_frame_end": 6, "capture_frame_step": 2})
+    assert [key.name for key in made.mesh_object.data.shape_keys.key_blocks][1:] == ["frame 4", "frame 6"]
+
+
 def test_the_same_result_as_armature_and_cache_without_computing_again():
     subject()
+    before = set(session.current.jobs)
     first = api.animate("Capsule", **SMALL)
-    (job,) = session.current.jobs.values()
+    (name,) = set(session.current.jobs) - before
+    job = session.current.jobs[name]
     scene = bpy.context.scene
     frames = range(FRAMES[0], FRAMES[1] + 1)
 
@@ -105,13 +114,14 @@ def test_the_same_result_as_armature_and_cache_without_computing_again():
         (again,) = [one for one in set(bpy.data.objects) - known if one.type == "MESH" and len(one.data.polygons)]
         known |= set(bpy.data.objects)
         assert np.linalg.norm(followed(again) - keys, axis=-1).mean() < within * 1.6
-    assert len(session.current.jobs) == 1 and job.data["attempts"] == 1
+    assert set(session.current.jobs) - before == {name} and job.data["attempts"] == 1
 
 
 def test_what_does_not_move_is_refused_before_anything_is_sent():
     bpy.ops.mesh.primitive_torus_add()
     bpy.context.scene.frame_start, bpy.context.scene.frame_end = 1, 3
+    before = set(session.current.jobs)
     with pytest.raises(KilnError) as failure:
         api.animate(bpy.context.object.name, **SMALL)
     assert "Reconstruct" in failure.value.hint
-    assert not session.current.jobs
+    assert set(session.current.jobs) == before

@@ -5,8 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from backend.mesh import raster
-from backend.mesh.bake import bake_in_time
+from backend.mesh import bake, raster
 from backend.mesh.carry import carry
 from backend.mesh.measure import psnr, tracking
 from backend.mesh.mesh import Mesh, MovingMesh
@@ -99,7 +98,7 @@ def still_splats():
 def test_texture_of_all_moments_shows_what_held_out_views_show(views, still_splats):
     mesh, ball = spheres()
     moving = MovingMesh(true_vertices(mesh, ball), mesh.faces, 0, views.frames, views.fps)
-    made = bake_in_time(moving, still_splats, views, recipes.Texture(size=256))
+    made = bake.bake_in_time(moving, still_splats, views, recipes.Texture(size=256))
     for moment in range(MOMENTS):
         posed = replace(made.mesh, vertices=made.vertices[moment], normals=made.normals[moment], normal_map=None, tangents=None)
         scored = views.scored_at(moment)
@@ -120,5 +119,14 @@ def test_what_is_hidden_at_one_moment_is_coloured_from_another(views, still_spla
     at_rest = fewer.time == 0
     alone = ViewSequence(fewer.views.subset(at_rest), fewer.time[at_rest], fewer.frames, fewer.fps)
     settings = recipes.Texture(size=128)
-    assert bake_in_time(moving, still_splats, alone, settings).mesh.texels_seen < 0.7
-    assert bake_in_time(moving, still_splats, fewer, settings).mesh.texels_seen > 0.95
+    assert bake.bake_in_time(moving, still_splats, alone, settings).mesh.texels_seen < 0.7
+    assert bake.bake_in_time(moving, still_splats, fewer, settings).mesh.texels_seen > 0.95
+
+
+def test_of_more_views_than_can_be_looked_at_some_of_all_cameras_and_moments_are(views, still_splats, monkeypatch):
+    monkeypatch.setattr(bake, "MOST_PIXELS", 16 * 80 * 80)  # half of them
+    mesh, ball = spheres()
+    moving = MovingMesh(true_vertices(mesh, ball), mesh.faces, 0, views.frames, views.fps)
+    only = views.views.holdout | (views.time > 0) | (np.cumsum(views.time == 0) == 1)
+    fewer = ViewSequence(views.views.subset(only), views.time[only], views.frames, views.fps)
+    assert bake.bake_in_time(moving, still_splats, fewer, recipes.Texture(size=128)).mesh.texels_seen > 0.9

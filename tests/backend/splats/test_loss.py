@@ -94,3 +94,17 @@ def test_a_gradient_that_is_not_a_number_moves_nothing():
     gradients[0, :2] = np.nan, np.inf
     Adam(parameters).step(1, parameters, gradients, np.array([0.1]))
     assert np.array_equal(parameters, np.ones((1, 16)))
+
+
+def test_what_memory_held_before_never_reaches_a_gradient():
+    """Pictures whose height is no multiple of a tile have rows of padding, which nothing is drawn in."""
+    splats, camera = reference.cloud(300, 0, 3, size=0.1), look_at((0, -3, 0.5), (0, 0, 0), 90, 0.7)
+    rasteriser, parameters = Rasteriser(1), pack(splats)
+    rasteriser.project(parameters, len(splats), camera)
+    planes = rasteriser.compose()
+    target = np.random.default_rng(0).random(planes.shape, dtype=np.float32)
+    rasteriser.buffer("plane_gradients", planes.size)[:] = np.nan
+    _, pulls = loss_and_gradients(rasteriser, planes, target, (0, 0, 6, 6), np.zeros(3), Weights(0.2, 0.5, 0.1))
+    gradients = np.zeros_like(parameters)
+    rasteriser.backward(pulls, np.zeros(3), gradients)
+    assert np.isfinite(gradients).all()
