@@ -19,7 +19,7 @@ from backend.views.sequence import ViewSequence, load
 from protocol import recipes
 from protocol.errors import KilnError
 
-STILL = 2e-3  # unit frame: nodes of what stands still stray less, by the noise of following
+STILL = 0.3  # of a pixel: nodes of what stands still stray less, by the noise of following
 
 
 def animate(run: Run, folder: Path, p: recipes.Animate) -> AnimatedAsset:
@@ -33,7 +33,8 @@ def from_sequence(run: Run, views: ViewSequence, p: recipes.Animate) -> Animated
     rest = run.stage("Choose the rest pose", most_open, views)
     surface = run.stage("Extract surface", extract, None, views.at(rest), p.surface)
     coarse = run.stage("Follow the motion", follow, surface, views, rest, p.fit, p.seed)
-    if np.linalg.norm(coarse.translations, axis=-1).max() < STILL:
+    pixel = np.median([np.linalg.norm(camera.centre) / camera.fx for camera in views.views.cameras])
+    if np.linalg.norm(coarse.translations, axis=-1).max() < STILL * pixel:
         hint = "Choose other frames, or the recipe reconstruct for what does not move."
         raise KilnError("bad-input", "Nothing moves in these views.", hint)
     splats, motion = run.stage("Fit splats", fit_motion, views, coarse, p.fit, p.seed)
