@@ -15,13 +15,10 @@ SIZE = 320  # pixels of each
 
 
 def built_in_object() -> bpy.types.Object:
-    """A striped tentacle that curls: shape and colour made on the spot, two bends by a lattice of drivers on the frame."""
+    """A striped horn that sways: shape and colour made on the spot, two bends that are keyframed."""
     bpy.ops.mesh.primitive_cylinder_add(vertices=48, radius=0.12, depth=1.0, location=(0, 0, 0.5))
     thing = bpy.context.object
-    thing.name = "Tentacle"
-    bpy.ops.object.mode_set(mode="EDIT")
-    bpy.ops.mesh.select_all(action="DESELECT")
-    bpy.ops.object.mode_set(mode="OBJECT")
+    thing.name = "Horn"
     remesh = thing.modifiers.new("Rings", "REMESH")
     remesh.mode, remesh.voxel_size = "VOXEL", 0.03
     taper = thing.modifiers.new("Taper", "SIMPLE_DEFORM")
