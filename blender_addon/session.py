@@ -555,16 +555,23 @@ class Session:
             window.active_job = wanted.index(select)
 
     def icon(self, job: Job) -> int:
-        """Blender's icon number of the job's newest picture, 0 without one; of what moves, the picture of this moment."""
-        if turning := self.turntables.get(job.data["id"]):
-            now = time.monotonic()
-            if self.turning != job.data["id"]:
-                self.turning, self.turned_from = job.data["id"], now
-            number = int((now - self.turned_from) / TURN)
-            if number < TURNS * len(turning):
-                self.turned = now  # the timer goes on drawing while somebody looks
-            return self.pictures[turning[number % len(turning) if number < TURNS * len(turning) else 0]].icon_id
-        return self.pictures[job.data["id"]].icon_id if job.data["id"] in self.pictures else 0
+        """Blender's icon number of the job's newest picture, 0 without one."""
+        name = self.picture_now(job)
+        return self.pictures[name].icon_id if name in self.pictures else 0
+
+    def picture_now(self, job: Job) -> str:
+        """Under which name `pictures` has what to show of a job: its newest picture, or of what moves the picture of this moment."""
+        turning = self.turntables.get(job.data["id"])
+        if not turning:
+            return job.data["id"]
+        now = time.monotonic()
+        if self.turning != job.data["id"]:
+            self.turning, self.turned_from = job.data["id"], now
+        number = int((now - self.turned_from) / TURN)
+        if number >= TURNS * len(turning):
+            return turning[0]
+        self.turned = now  # the timer goes on drawing while somebody looks
+        return turning[number % len(turning)]
 
     def _show_picture(self, job: Job) -> None:
         """Loads a job's newest picture now: Blender would do it later, and show a wheel meanwhile, twice a second."""

@@ -137,11 +137,10 @@ def measure(
         **{name: round(float(np.mean(values)), 4) if values else None for name, values in errors.items()},
         "flicker": round(float(np.mean(flicker)), 4) if flicker else None,
     }
-    progress(0.85, "Taking pictures")
-    return MotionScores(figures, coded(np.concatenate(columns, 1)), _turntable(mesh), preview(mesh.mesh))
+    return MotionScores(figures, coded(np.concatenate(columns, 1)), _turntable(mesh, progress), preview(mesh.mesh))
 
 
-def _turntable(mesh: AnimatedMesh) -> UInt8[np.ndarray, "n h w 4"]:
+def _turntable(mesh: AnimatedMesh, progress: Progress) -> UInt8[np.ndarray, "n h w 4"]:
     """Once round, at an even pace, through all moments."""
     corners = mesh.vertices.reshape(-1, 3)
     centre = (corners.min(0) + corners.max(0)) / 2
@@ -149,6 +148,7 @@ def _turntable(mesh: AnimatedMesh) -> UInt8[np.ndarray, "n h w 4"]:
     distance = float(np.linalg.norm(corners - centre, axis=1).max()) / math.sin(field_of_view / 2)
     pictures = []
     for turn in range(TURNS):
+        progress(0.8 + 0.2 * turn / TURNS, "Taking pictures")
         moment = turn * len(mesh.frames) // TURNS
         angle = 2 * math.pi * turn / TURNS + math.radians(-60)
         eye = centre + distance * np.array([math.cos(angle) * 0.93, math.sin(angle) * 0.93, 0.37])

@@ -126,6 +126,34 @@ def test_jobs_are_listed_newest_first_and_the_chosen_one_stays_chosen():
     assert window.jobs[window.active_job].name == "a"
 
 
+def test_pictures_of_a_moving_result_turn_come_to_rest_and_go_with_the_job(tmp_path):
+    now = session.current
+    job = now.jobs["a"] = session.Job(record("a", "done", recipe="animate"), results=tmp_path)
+    for number in range(3):
+        picture = bpy.data.images.new("turn", 8, 8)
+        picture.filepath_raw, picture.file_format = str(tmp_path / f"turntable_{number:02}.png"), "PNG"
+        picture.save()
+        bpy.data.images.remove(picture)
+    now._show_turntable(job)
+    shown = []
+    for _ in range(3 * session.TURNS + 2):
+        shown.append(now.picture_now(job))
+        now.turned_from -= session.TURN
+    assert shown == ["a/turntable_00", "a/turntable_01", "a/turntable_02"] * session.TURNS + ["a/turntable_00"] * 2
+    assert set(shown) <= set(now.pictures)
+    now._forget(job)
+    assert not [name for name in now.pictures if name.startswith("a")]
+
+
+def test_the_splats_of_each_frame_are_fetched_only_where_they_are_wanted(monkeypatch):
+    now, asked = session.current, []
+    names = ["mesh.glb", "splats.ply", "splats_0001.ply", "splats_n0012.5.ply", "turntable_00.png"]
+    job = session.Job(record("b", "done", results={name: {"hash": "0" * 64, "size": 1} for name in names}))
+    monkeypatch.setattr(now, "ask", lambda order, then, **values: asked.append(set(values["results"])) or 1)
+    now.fetch(job), now.fetch(job, everything=True)
+    assert asked == [{"mesh.glb", "splats.ply", "turntable_00.png"}, set(names)]
+
+
 def test_the_expected_time_is_that_of_a_job_with_exactly_these_parameters_or_none():
     now = session.current
     standard, draft = (recipes.values(recipes.make("reconstruct", preset=preset)) for preset in ("standard", "draft"))
