@@ -215,6 +215,11 @@ def test_views_are_the_files_that_transforms_json_names(tmp_path):
     (tmp_path / "transforms.json").write_text(json.dumps({"frames": [{"file_path": "../../secret.png"}]}))
     with pytest.raises(KilnError, match="cannot name an input"):
         cli.gather(tmp_path, "views")
+    (tmp_path / "clip.mp4").write_bytes(b"")
+    for kind in ("views", "motion"):
+        with pytest.raises(KilnError, match="clip.mp4 is no folder of views") as caught:
+            cli.gather(tmp_path / "clip.mp4", kind)
+        assert "video" in caught.value.hint
 
 
 def test_views_in_motion_may_share_their_files(tmp_path):

@@ -117,7 +117,7 @@ def keep(wanted):
         (lambda table: table["frames"][3].update(frame=math.nan), "View 3 .*does not say which frame", "reconstruct"),
         (each(lambda entry: entry.update(frame=4)), "All views show frame 4", "reconstruct"),
         (lambda table: table.update(frames=[]), "no views", "2 frames"),
-        (keep(lambda number, entry: number % COUNT == 0), "seen by one camera only", "several cameras"),
+        (keep(lambda number, entry: number % COUNT == 0), "seen by one camera only", "cameras or more at every frame"),
         (keep(lambda number, entry: entry["frame"] != 6 or number % COUNT < 2), "Frame 6 has 2 views to fit", "at least 3"),
         (each(lambda entry: entry.pop("geometry_file_path")), "has no depth and normals", "geometry_file_path"),
         (lambda table: table["frames"][8].update(layer=9), "View 8 .*no layer 9", "again"),
