@@ -24,7 +24,7 @@ class Parameter:
     default: Any
     help: str  # one sentence
     low: float | None = None
-    high: float | None = None
+    high: float | None = None  # of a text: its characters, at most
     unit: str = ""  # "px", "deg", "" where it is a plain count or ratio
     options: tuple[tuple[str, str], ...] = ()  # (value, what it means), for a choice
     advanced: bool = False  # shown in a closed sub-panel
@@ -49,6 +49,10 @@ class Parameter:
             if value in names:
                 return value
             raise self._refuse(value, "one of " + ", ".join(names))
+        if self.type is str:
+            if isinstance(value, str) and len(value) <= self.high and value.isprintable():
+                return value.strip()
+            raise self._refuse(value, f"a line of text of at most {self.high:.0f} characters")
         unit = f" {self.unit}" if self.unit else ""
         kind = "a whole number" if self.type is int else "a number"
         allowed = f"{kind} from {self.low:.12g} to {self.high:.12g}{unit}"
@@ -68,6 +72,10 @@ def _number(default, low, high, help, unit="", advanced=False):
 
 def _choice(default, options, help, advanced=False):
     return field(default=default, metadata=dict(help=help, options=tuple(options.items()), advanced=advanced))
+
+
+def _text(longest, help, advanced=False):
+    return field(default="", metadata=dict(help=help, high=longest, advanced=advanced))
 
 
 def _flag(default, help, advanced=False):
@@ -240,6 +248,107 @@ class Armature:
     scale: bool = _flag(True, "Bones may scale, so that stretching parts follow.")
 
 
+TURNTABLES = {
+    "wan2.1-orbit": "Wan 2.1 image-to-video, 14B, with an orbit LoRA: best quality, Apache licence, 16 GB of GPU memory or more",
+    "sv3d-p": "Stable Video 3D: exact cameras; Stability's licence, which may exclude commercial use",
+    "mv-adapter-sdxl": "MV-Adapter on SDXL: six exact views on smaller cards; OpenRAIL++ licence",
+    "zero123plus": "Zero123++ 1.2: six exact views on 6 GB; its licence excludes commercial use",
+    "kiln-tiny-turntable": "Kiln's own small model, 64 px, for trying things out: it is installed and runs anywhere",
+}
+
+
+@dataclass(frozen=True)
+class Generate:
+    """The turntable: K views of the subject by a video model that sees one picture of it (IM-3D, section 3.1)."""
+
+    model: str = _choice("wan2.1-orbit", TURNTABLES, "What generates the views; `kiln weights` tells its size, memory and licence.")
+    prompt: str = _text(500, "What the subject is, in words; without a picture, the picture is made from them.")
+    views: int = _number(16, 4, 64, "Views of the turntable, at most as many as the model makes.")
+    steps: int = _number(20, 2, 100, "Denoising steps; with guidance each takes two evaluations of the model.")
+    guidance: float = _number(0.0, 0.0, 20.0, "How strictly the model follows picture and prompt; 0 takes the model's own.", advanced=True)
+    matte: str = _choice(
+        "auto",
+        {
+            "auto": "The picture's alpha if it has one, else the matting network, else the border's colour",
+            "network": "The matting network isnet-general-use",
+            "border": "What differs from the border's colour",
+        },
+        "How the subject is cut out of picture and views.",
+        True,
+    )
+    rerolls: str = _text(200, "Numbers of views that are generated anew, for example 3 7; a number twice draws twice.", True)
+    only: bool = _flag(False, "Stop after the turntable, to look at its views and re-roll or replace some before going on.")
+
+
+@dataclass(frozen=True)
+class Orbit:
+    """The cameras of a turntable that has none: one elevation, one field of view, and each view's azimuth."""
+
+    estimate: bool = _flag(
+        True, "Estimate the cameras, beginning with a network's guess of the elevation, and refine them with the splats."
+    )
+    elevation: float = _number(
+        15.0, -30.0, 80.0, "Height of the camera above the subject's equator, where it is not estimated.", "deg", True
+    )
+    fov: float = _number(40.0, 5.0, 100.0, "Field of view; where cameras are estimated, what the estimate begins with.", "deg", True)
+
+
+@dataclass(frozen=True)
+class FitImages:
+    """Splats from views that do not quite agree, by losses on images (IM-3D, section 3.3 and appendix A.1, whose numbers these are)."""
+
+    start: int = _number(5000, 100, 100_000, "Gaussians at the start, around the centre.")
+    splats: int = _number(20_000, 500, 2_000_000, "Gaussians in the finished model, at most.")
+    iterations: int = _number(1200, 50, 100_000, "Optimisation steps, refinement by the video model included.")
+    densify_every: int = _number(50, 10, 1000, "Steps between rounds of growing and pruning.", advanced=True)
+    lpips_weight: float = _number(
+        10.0, 0.0, 1000.0, "Weight of LPIPS, the distance between a network's features of the pictures.", advanced=True
+    )
+    ssim_weight: float = _number(0.2, 0.0, 1000.0, "Weight of multi-scale structural similarity.", advanced=True)
+    mask_weight: float = _number(1.0, 0.0, 1000.0, "Weight of the silhouette.", advanced=True)
+    l1_weight: float = _number(0.0, 0.0, 1000.0, "Weight of the pixels' absolute difference.", advanced=True)
+    l2_weight: float = _number(
+        0.0, 0.0, 1000.0, "Weight of the pixels' squared difference: what the paper compares against.", advanced=True
+    )
+    features: str = _choice(
+        "auto",
+        {
+            "auto": "VGG16 if its weights are installed, else gradients of the pictures",
+            "vgg16": "LPIPS as published (Zhang et al. 2018)",
+            "kiln-features": "Kiln's own small feature network",
+            "gradients": "Differences of the pictures' gradients at several scales",
+        },
+        "What compares pictures in place of pixels.",
+        True,
+    )
+    device: str = _choice("auto", DEVICES, "Where the fit runs.", True)
+
+
+@dataclass(frozen=True)
+class Iterate:
+    """Renders noised and denoised by the video model, and fitted again (IM-3D, section 3.4)."""
+
+    rounds: int = _number(2, 0, 10, "How often the renders go back to the video model.")
+    steps: int = _number(10, 1, 100, "Denoising steps of each round.")
+    strength: float = _number(0.5, 0.05, 1.0, "How much noise the renders get: the share of the schedule that is run again.", advanced=True)
+
+
+@dataclass(frozen=True)
+class RefineSurface:
+    """The surface moved by the views, as a deformable tetrahedral grid (IM-3D, appendix A.5; Shen et al. 2021, DMTet)."""
+
+    on: bool = _flag(False, "Optimise the surface against the views after marching cubes.")
+    iterations: int = _number(300, 20, 10_000, "Optimisation steps.", advanced=True)
+    grid: int = _number(96, 24, 256, "Cells along the longest side of the tetrahedral grid.", advanced=True)
+
+
+@dataclass(frozen=True)
+class Placing:
+    """Where the finished asset stands: a picture tells no size."""
+
+    size: float = _number(1.0, 0.001, 1000.0, "Longest side of the asset.", "m")
+
+
 @dataclass(frozen=True)
 class Reconstruct:
     """Renders of an object -> splats -> surface -> textured mesh."""
@@ -312,6 +421,37 @@ class Animate:
     surface: Surface = Surface(grid=160, faces=10_000)
     texture: Texture = Texture()
     armature: Armature = Armature()
+    seed: int = _number(0, 0, 2**31 - 1, "Start of every random draw: same seed, same device, same result.", advanced=True)
+
+
+@dataclass(frozen=True)
+class Im3d:
+    """A picture or a text -> turntable video -> splats fitted with image losses -> renders fed back to the video model -> textured mesh."""
+
+    NAME: ClassVar[str] = "im3d"
+    TITLE: ClassVar[str] = "Picture to 3D"
+    INPUT: ClassVar[str] = "picture"
+    WEIGHTS: ClassVar[tuple[str, ...]] = ("generate.model",)  # parameters that name weights
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {
+        "draft": {
+            "generate.steps": 12, "iterate.rounds": 1, "iterate.steps": 6, "fit.splats": 8000, "fit.iterations": 600,
+            "surface.grid": 96, "surface.faces": 5000, "texture.size": 512,
+        },
+        "standard": {},
+        "high": {
+            "fit.splats": 60_000, "fit.iterations": 2400, "surface.grid": 256, "surface.faces": 40_000, "texture.size": 2048,
+            "refine.on": True,
+        },
+    }  # fmt: skip
+
+    generate: Generate = Generate()
+    orbit: Orbit = Orbit()
+    fit: FitImages = FitImages()
+    iterate: Iterate = Iterate()
+    surface: Surface = Surface(grid=128, faces=10_000)
+    refine: RefineSurface = RefineSurface()
+    texture: Texture = Texture()
+    placing: Placing = Placing()
     seed: int = _number(0, 0, 2**31 - 1, "Start of every random draw: same seed, same device, same result.", advanced=True)
 
 
@@ -391,6 +531,8 @@ def _shown(value: Any) -> str:
 def _allowed(parameter: Parameter) -> str:
     if parameter.options:
         return ", ".join(name for name, _ in parameter.options)
+    if parameter.type is str:
+        return f"text of at most {parameter.high:.0f} characters"
     return "on, off" if parameter.type is bool else f"{parameter.low:.12g} to {parameter.high:.12g} {parameter.unit}".strip()
 
 
