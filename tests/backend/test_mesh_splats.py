@@ -8,11 +8,12 @@ import pytest
 import trimesh
 from PIL import Image
 
-from backend.pipelines.mesh_splats import mesh_splats, pictures, read, subject, without_mist
+from backend.pipelines.mesh_splats import mesh_splats, read, subject
 from backend.pipelines.run import Run
 from backend.splats import ply, spz
 from backend.splats.fit import fit
 from backend.splats.model import Splats
+from backend.splats.pictures import pictures, without_mist
 from backend.splats.turn import Z_UP_FROM_Y_UP, turned
 from backend.views.ball import ball
 from backend.views.views import Frame
