@@ -186,10 +186,10 @@ def _load(path: Path) -> tuple[Any, float] | None:
 
 @functools.cache
 def _source(module: str) -> str:
-    """A hash of this package's source and of `module`'s: a changed step must not find what the old one made."""
+    """A hash of this package's source and weights and of `module`'s: a changed step must not find what the old one made."""
     digest = hashlib.sha256()
     root = Path(__file__).parents[1]
-    files = sorted(root.rglob("*.py"))
+    files = sorted(path for kind in ("*.py", "*.toml", "*.safetensors") for path in root.rglob(kind))
     if not module.startswith("backend."):
         files += [Path(found)] if (found := inspect.getsourcefile(importlib.import_module(module))) else []
     for path in files:
@@ -217,7 +217,7 @@ def peak_memory() -> int | None:
 def versions() -> dict[str, str]:
     """Of Kiln, Python and the libraries that figures depend on."""
     found = {"kiln": VERSION, "python": platform.python_version()}
-    for name in ("numpy", "scipy", "numba", "torch", "gsplat", "warp-lang", "scikit-image", "xatlas"):
+    for name in ("numpy", "scipy", "numba", "torch", "gsplat", "warp-lang", "diffusers", "transformers", "scikit-image", "xatlas"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
