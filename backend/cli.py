@@ -11,7 +11,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import posixpath
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from typing import Any
 import backend.pipelines  # noqa: F401 - recipes kept outside this repository enter themselves
 from backend.disk import size_text
 from backend.store import check_name, size_of
-from protocol import VERSION, connection, recipes
+from protocol import VERSION, connection, picture, recipes, views
 from protocol.errors import KilnError
 
 DONE, FAILED, BAD, UNAVAILABLE, RUNS_ALREADY, CANCELLED = 0, 1, 2, 3, 4, 130
@@ -34,7 +33,9 @@ _INPUTS = {
     "views": "the views: a folder with transforms.json",
     "motion": "the views of a moving subject: a folder with transforms.json",
     "splats": "the splats: a .ply or .spz file, or a folder with one",
+    "picture": "the picture, or a folder of views; as --image or --views",
 }
+_SHORT = ("generate.model", "generate.prompt")  # of a recipe that starts from a picture: --model and --prompt say the same
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -111,7 +112,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _recipe_parser(actions: Any, recipe: Any) -> None:
     parser = actions.add_parser(recipe.NAME, help=recipe.__doc__.strip().partition("\n")[0])
-    parser.add_argument("input", type=Path, metavar="INPUT", help=_INPUTS.get(recipe.INPUT, f"the {recipe.INPUT}: a folder or a file"))
+    about = _INPUTS.get(recipe.INPUT, f"the {recipe.INPUT}: a folder or a file")
+    parser.add_argument("input", type=Path, metavar="INPUT", help=about, nargs="?" if recipe.INPUT == "picture" else None)
+    if recipe.INPUT == "picture":
+        parser.add_argument("--image", type=Path, metavar="FILE", help="the picture of the subject; without one, --prompt says what it is")
+        parser.add_argument("--views", type=Path, metavar="FOLDER", help="pictures all around the subject, which nothing generates then")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--preset", choices=list(recipe.PRESETS), default="standard", help="values to start from (default: standard)")
     parser.add_argument("--title", default="", help="name of the job in lists; default: the input's name")
@@ -127,11 +132,18 @@ def _recipe_parser(actions: Any, recipe: Any) -> None:
             options["action"] = argparse.BooleanOptionalAction
         elif parameter.options:
             options.update(choices=[value for value, _ in parameter.options], metavar="|".join(value for value, _ in parameter.options))
+        elif parameter.type is str:
+            options["metavar"] = "TEXT"
+            allowed = f", at most {parameter.high:.0f} characters"
         else:
             options.update(type=parameter.type, metavar=parameter.unit.upper() or "N")
             allowed = f", {parameter.low} to {parameter.high}"
-        help = f"{parameter.help} (default: {parameter.default}{allowed})".replace("%", "%%")
-        groups[title].add_argument("--" + parameter.name.replace(".", "-").replace("_", "-"), help=help, **options)
+        default = "none" if parameter.default == "" else parameter.default
+        help = f"{parameter.help} (default: {default}{allowed})".replace("%", "%%")
+        names = ["--" + parameter.name.replace(".", "-").replace("_", "-")]
+        if recipe.INPUT == "picture" and parameter.name in _SHORT:
+            names.append("--" + parameter.name.partition(".")[2])
+        groups[title].add_argument(*names, help=help, **options)
     parser.set_defaults(command=_run, recipe=recipe)
 
 
@@ -230,11 +242,14 @@ def _run(given: argparse.Namespace) -> int:
     recipe = given.recipe
     chosen = {p.name: value for p in _flags(recipe) if (value := getattr(given, p.name)) is not None}
     values = recipes.values(recipes.make(recipe.NAME, chosen, given.preset))
-    inputs = gather(given.input, recipe.INPUT)
-    title = given.title or given.input.resolve().name
+    if recipe.INPUT == "picture":
+        inputs, start = gather_picture(given.input, given.image, given.views, values.get("generate.prompt", ""))
+    else:
+        inputs, start = gather(given.input, recipe.INPUT), given.input
+    title = given.title or (start.resolve().name if start else values.get("generate.prompt", ""))
     bar = _Bar()
     with _connect(given, start=True) as client:
-        job = client.submit(recipe.NAME, values, inputs, title, {"input": str(given.input), "preset": given.preset}, bar.sent)
+        job = client.submit(recipe.NAME, values, inputs, title, {"input": str(start or ""), "preset": given.preset}, bar.sent)
         bar.say(f"Job {job['id']}")
         try:
             job = _follow(client, job, bar)
@@ -264,7 +279,7 @@ def gather(path: Path, kind: str) -> dict[str, Path]:
         raise KilnError(
             "bad-input",
             f"{path.name} is no folder of views.",
-            "Give pictures from several cameras, with the places of these in transforms.json; no recipe takes one picture or a video yet.",
+            "Give pictures from several cameras and their places in transforms.json. One picture: `kiln run im3d`; no recipe takes video.",
         )
     if path.is_file() and path.name != "transforms.json":
         return {check_name(path.name): path}
@@ -273,20 +288,17 @@ def gather(path: Path, kind: str) -> dict[str, Path]:
         raise KilnError("bad-input", f"There is no folder {path}.", "Give a folder of inputs.")
     if kind not in ("views", "motion"):
         return {check_name(file.relative_to(folder).as_posix()): file for file in sorted(folder.rglob("*")) if file.is_file()}
-    table = folder / "transforms.json"
-    try:
-        frames = json.loads(table.read_text(encoding="utf-8"))["frames"]
-        names = [frame[key] for frame in frames for key in ("file_path", "geometry_file_path", "material_file_path") if key in frame]
-        names = [posixpath.normpath(name if posixpath.splitext(name)[1] else name + ".png") for name in names]
-    except FileNotFoundError:
-        raise KilnError("bad-input", f"There is no transforms.json in {folder}.", "Give a folder of views with their cameras.") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise KilnError("bad-input", f"{table} is no list of views: {error!r}.", "Write it again; SPEC.md says what it holds.") from None
-    found = {"transforms.json": table, **{check_name(name): folder / name for name in names}}
-    for name, file in found.items():
-        if not file.is_file():
-            raise KilnError("bad-input", f"transforms.json names {name}, which is not in {folder}.", "Add the file, or remove its frame.")
-    return found
+    return views.files(folder, [check_name(name) for name in views.names(folder)])
+
+
+def gather_picture(given: Path | None, image: Path | None, turntable: Path | None, prompt: str) -> tuple[dict[str, Path], Path | None]:
+    """The input files of a recipe that starts from a picture, and which of the paths they come from; None where the prompt is all."""
+    if given is not None and (image is not None or turntable is not None):
+        raise KilnError("bad-input", f"Besides {given} there is {image or turntable}.", "Give one of INPUT, --image and --views.")
+    if given is not None:
+        image, turntable = (None, given) if given.is_dir() or given.name == "transforms.json" else (given, None)
+    found = picture.gather(image, turntable, prompt)
+    return {check_name(name): file for name, file in found.items()}, image or turntable
 
 
 def _gather_splats(path: Path) -> dict[str, Path]:

@@ -111,7 +111,7 @@ class Client:
         self,
         recipe: str,
         values: dict[str, Any],
-        inputs: dict[str, Path | bytes],
+        inputs: dict[str, Path | bytes | str],
         title: str = "",
         source: dict[str, Any] | None = None,
         progress: Callable[[int, int], None] | None = None,
@@ -119,12 +119,13 @@ class Client:
     ) -> dict[str, Any]:
         """Sends what the backend lacks of the inputs and queues a job; returns the job.
 
-        inputs: file name -> the file, or its bytes. progress(sent, total): bytes of the inputs that the backend has. id: the submission's
-        own; the same id again, even from another client, gives the job of the first time. A broken connection does not make two jobs.
+        inputs: file name -> the file, its bytes, or the hash of a file that the backend has from another job. progress(sent, total): bytes
+        of the inputs that the backend has. id: the submission's own; the same id again, even from another client, gives the job of the
+        first time. A broken connection does not make two jobs.
         """
         id = id or self._new_id()
-        contents = {name: _content(name, content) for name, content in inputs.items()}
-        hashes = {name: hash for name, (hash, _, _) in contents.items()}
+        contents = {name: _content(name, content) for name, content in inputs.items() if not isinstance(content, str)}
+        hashes = {name: content if isinstance(content, str) else contents[name][0] for name, content in inputs.items()}
         fields = {"recipe": recipe, "values": values, "inputs": hashes, "title": title, "source": source or {}}
         messages.pack({"type": "submit", "id": id, **fields})  # too large is said before anything is sent
         for attempt in (1, 2):

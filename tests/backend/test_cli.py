@@ -248,6 +248,62 @@ def test_splats_are_one_file_under_the_name_that_the_recipe_knows(tmp_path):
         cli.gather(tmp_path / "nowhere.ply", "splats")
 
 
+@pytest.fixture
+def pictures(tmp_path):
+    """A picture, a video, a file of another kind and a folder of numbered frames."""
+    for name in ("Fox.JPG", "clip.mp4", "fox.exr"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "turn").mkdir()
+    for name in ("frame_10.png", "frame_9.png", "frame_100.jpg", "frame_11.png", "notes.txt"):
+        (tmp_path / "turn" / name).write_bytes(b"")
+    return tmp_path
+
+
+def test_a_picture_is_one_file_whichever_way_it_is_given(pictures):
+    fox = pictures / "Fox.JPG"
+    for given in ((fox, None, None), (None, fox, None)):
+        assert cli.gather_picture(*given, "") == ({"image.jpg": fox}, fox)
+    assert cli.gather_picture(None, None, None, "a fox") == ({}, None)
+
+
+def test_a_turntable_without_cameras_is_sent_in_the_order_of_its_numbers(pictures):
+    turn = pictures / "turn"
+    ordered = [turn / name for name in ("frame_9.png", "frame_10.png", "frame_11.png", "frame_100.jpg")]
+    wanted = dict(zip(("view_000.png", "view_001.png", "view_002.png", "view_003.jpg"), ordered))
+    for given in ((turn, None, None), (None, None, turn)):
+        found, start = cli.gather_picture(*given, "")
+        assert list(found.items()) == list(wanted.items()) and start == turn
+    for name in ("view_000.png", "view_001.png", "view_002.png", "view_003.png", "preview.png", "comparison.png"):  # a results folder
+        (turn / name).write_bytes(b"")
+    assert list(cli.gather_picture(turn, None, None, "")[0]) == [f"view_{number:03d}.png" for number in range(4)]
+    (turn / "transforms.json").write_text(json.dumps({"frames": [{"file_path": "frame_9.png"}]}))
+    assert cli.gather_picture(None, None, turn, "")[0] == {
+        "transforms.json": turn / "transforms.json", "frame_9.png": turn / "frame_9.png"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ((None, None, None), "neither a picture, nor a prompt, nor a folder"),
+        ((None, "turn", None), "turn is a folder, not a picture"),
+        ((None, "clip.mp4", None), "clip.mp4 is a video, not a picture"),
+        (("clip.mp4", None, None), "save the frames as pictures"),
+        ((None, "fox.exr", None), "fox.exr is no picture of a kind that Kiln reads: png, jpg"),
+        ((None, "nowhere.png", None), "There is no file"),
+        ((None, "Fox.JPG", "turn"), "A picture and a folder of views were given"),
+        (("Fox.JPG", "Fox.JPG", None), "Give one of INPUT, --image and --views"),
+        ((None, None, "nowhere"), "There is no folder"),
+        ((None, None, "Fox.JPG"), "Fox.JPG is a file, not a folder of views"),
+        ((None, None, "."), "one picture"),
+    ],
+)
+def test_what_is_no_picture_is_said_with_the_way_out(pictures, given, sentence):
+    with pytest.raises(KilnError) as caught:
+        cli.gather_picture(*(None if name is None else pictures / name for name in given), "")
+    assert sentence in str(caught.value) and caught.value.code == "bad-input" and caught.value.hint
+
+
 def test_doctor_reports_each_part_and_whether_a_backend_runs(kiln):
     findings = {finding["what"]: finding for finding in json.loads(kiln("doctor", "--json"))}
     assert {"kiln", "python", "packages", "device", "splats", "memory", "home", "backend"} <= set(findings)
