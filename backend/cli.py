@@ -1,4 +1,4 @@
-"""The `kiln` command: serve, run, jobs, stop, doctor. `kiln run RECIPE --help` lists a recipe's parameters, made from its definition.
+"""The `kiln` command: serve, run, jobs, weights, stop, doctor. `kiln run RECIPE --help` lists a recipe's parameters, as it defines them.
 
 Exit codes: 0 all well, 1 a job failed (or doctor found a problem), 2 a bad argument or input, 3 no backend, 4 one runs already (`serve`),
 130 cancelled with Ctrl-C.
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import backend.pipelines  # noqa: F401 - recipes kept outside this repository enter themselves
+from backend import weights
 from backend.disk import size_text
 from backend.store import check_name, size_of
 from protocol import VERSION, connection, picture, recipes, views
@@ -27,7 +28,9 @@ from protocol.errors import KilnError
 DONE, FAILED, BAD, UNAVAILABLE, RUNS_ALREADY, CANCELLED = 0, 1, 2, 3, 4, 130
 START_SECONDS = 30.0  # that a started backend may take to answer; it takes one
 STOP_SECONDS = 20.0  # that a backend may take to end
-_BAD_CODES = ("bad-parameter", "bad-recipe", "bad-input", "bad-request", "no-job", "bad-state")
+_BAD_CODES = (
+    "bad-parameter", "bad-recipe", "bad-input", "bad-request", "no-job", "bad-state", "no-model", "bad-registry", "licence-needed",
+)  # fmt: skip
 _ENDED = ("done", "failed", "cancelled")
 _INPUTS = {
     "views": "the views: a folder with transforms.json",
@@ -100,6 +103,8 @@ def _parser() -> argparse.ArgumentParser:
             action.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the files")
         action.set_defaults(command=command)
 
+    _weights_parser(commands)
+
     stop = commands.add_parser("stop", help="end the backend; what runs resumes with the next one")
     stop.add_argument("--when-idle", action="store_true", help="finish what waits and runs first")
     stop.set_defaults(command=_stop)
@@ -108,6 +113,30 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.set_defaults(command=_doctor)
     return parser
+
+
+def _weights_parser(commands: Any) -> None:
+    parser = commands.add_parser("weights", help="list trained weights; download, check, remove them, or bundle them for other machines")
+    parser.set_defaults(command=_list_weights, json=False)
+    actions = parser.add_subparsers(metavar="ACTION")
+    listing = actions.add_parser("list", help="all weights, and which are installed (the default)")
+    listing.add_argument("--json", action="store_true", help="print them as JSON")
+    listing.set_defaults(command=_list_weights)
+    for name, command, count, help in (
+        ("show", _show_weights, None, "print purpose, size, memory, licence and state"),
+        ("pull", _pull_weights, "+", "download them, or go on with a download that broke off"),
+        ("verify", _verify_weights, "*", "read every byte of what is installed and compare its hash"),
+        ("remove", _remove_weights, None, "delete them"),
+        ("bundle", _bundle_weights, "+", "write installed weights into one file for machines without a network"),
+    ):
+        action = actions.add_parser(name, help=help)
+        action.add_argument("ids" if count else "id", metavar="ID", nargs=count)
+        if name == "pull":
+            action.add_argument("--accept-licence", action="store_true", help="agree to the licences, which `kiln weights show ID` tells")
+            action.add_argument("--from", dest="source", type=Path, metavar="PATH", help="take them from a folder or a bundle instead")
+        if name == "bundle":
+            action.add_argument("--out", type=Path, required=True, metavar="FILE.zip", help="file to write")
+        action.set_defaults(command=command)
 
 
 def _recipe_parser(actions: Any, recipe: Any) -> None:
@@ -449,6 +478,94 @@ def _download_job(given: argparse.Namespace) -> int:
         if job["state"] != "done":
             raise KilnError("bad-state", f"Job {job['id']} is {job['state']}.", "Results are there when it is done.")
         _fetch(client, job, given.out, _Bar())
+    return DONE
+
+
+# -- weights ---------------------------------------------------------------------------------------------------------------------------
+
+
+def _list_weights(given: argparse.Namespace) -> int:
+    found = [weights.describe(one) for one in weights.entries().values()]
+    if given.json:
+        print(json.dumps(found, indent=1))
+        return DONE
+    for one in found:
+        size = size_text(one["bytes"]) if one["bytes"] else ""
+        pinned = "" if one["pinned"] else "at a pinned commit" if one["revision"] else "not pinned"
+        print(f"{one['id']:<30} {one['state']:<10} {size:>8}  {one['licence']['name']:<30} {pinned}".rstrip())
+    print(f"They lie in {weights.root()}. `kiln weights show ID` tells more.", file=sys.stderr)
+    return DONE
+
+
+def _show_weights(given: argparse.Namespace) -> int:
+    for one in weights.chain(given.id):
+        found = weights.describe(one)
+        print(weights.terms(one))
+        print(f"  State      {found['state']}{': ' + found['problem'] if found['problem'] else ''}, {weights.place(one)}")
+        if found["revision"]:
+            print(f"  Revision   {found['revision']}" + (f", files checked by the {found['checked']}" if found["checked"] else ""))
+        if found["accepted"]:
+            print(f"  Agreed     on {found['accepted']}")
+    return DONE
+
+
+def _pull_weights(given: argparse.Namespace) -> int:
+    from backend import fetch
+
+    for id in given.ids:
+        unread = [
+            one for one in weights.chain(id) if weights.state(one.id) in ("missing", "partial", "damaged") and not weights.accepted(one)
+        ]
+        for one in unread:
+            print(weights.terms(one), file=sys.stderr)
+        accept = given.accept_licence
+        if unread and not accept and sys.stdin.isatty() and sys.stderr.isatty():
+            print("Do you agree to the terms, and shall it be fetched? [y/N] ", end="", file=sys.stderr, flush=True)
+            accept = input().strip().lower() in ("y", "yes")
+        bar = _Bar()
+        bar.stage(f"Fetch {id}")
+        try:
+            place = fetch.pull(id, accept, True, given.source, bar.show)
+        except KeyboardInterrupt:
+            bar.say("Stopped; what came is kept, and the same command goes on.")
+            raise
+        finally:
+            bar.close()
+        found = weights.describe(weights.entry(id))
+        bar.say(f"{place}  {size_text(found['here'])}" + (f", checked by the {found['checked']}" if found["checked"] else ""))
+    return DONE
+
+
+def _verify_weights(given: argparse.Namespace) -> int:
+    from backend import fetch
+
+    ids = given.ids or [id for id in weights.entries() if weights.state(id) in ("installed", "bundled", "damaged")]
+    damaged = False
+    for id in ids:
+        bar = _Bar()
+        wrong = fetch.verify(id, bar.show)
+        bar.close()
+        damaged = damaged or bool(wrong)
+        print(f"{id:<30} {'; '.join(wrong) or 'as it was fetched'}")
+        if wrong:
+            print(f"kiln: repair it with `kiln weights pull {id}`", file=sys.stderr)
+    return FAILED if damaged else DONE
+
+
+def _remove_weights(given: argparse.Namespace) -> int:
+    from backend import fetch
+
+    print(f"{size_text(fetch.remove(given.id))} freed")
+    return DONE
+
+
+def _bundle_weights(given: argparse.Namespace) -> int:
+    from backend import fetch
+
+    bar = _Bar()
+    bar.stage("Bundle")
+    path = fetch.bundle(given.ids, given.out, bar.show)
+    bar.say(f"{path}  {size_text(path.stat().st_size)}")
     return DONE
 
 

@@ -14,7 +14,7 @@ import os
 import time
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -100,10 +100,10 @@ class Plan:
 def entries() -> dict[str, Entry]:
     """All entries by id: Kiln's own, then those of the file that KILN_WEIGHTS_REGISTRY names, which may replace some of them."""
     own = os.environ.get("KILN_WEIGHTS_REGISTRY", "")
-    found = dict(_read(REGISTRY, REGISTRY.stat().st_mtime_ns))
+    found = dict(_registry(REGISTRY, REGISTRY.stat().st_mtime_ns))
     if own:
         try:
-            found |= _read(Path(own), Path(own).stat().st_mtime_ns)
+            found |= _registry(Path(own), Path(own).stat().st_mtime_ns)
         except OSError as error:
             raise KilnError("bad-registry", f"{own} cannot be read: {error.strerror}.", "Check KILN_WEIGHTS_REGISTRY.") from None
     return found
@@ -132,7 +132,7 @@ def chain(id: str) -> list[Entry]:
 
 
 @functools.lru_cache(maxsize=4)
-def _read(path: Path, changed: int) -> dict[str, Entry]:
+def _registry(path: Path, changed: int) -> dict[str, Entry]:
     try:
         found = {one.id: one for one in map(_entry, tomllib.loads(path.read_text(encoding="utf-8"))["entry"])}
     except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError) as error:
@@ -142,7 +142,7 @@ def _read(path: Path, changed: int) -> dict[str, Entry]:
 
 def _entry(values: dict[str, Any]) -> Entry:
     values = dict(values)
-    files = tuple(File(_safe(one["path"]), int(one.get("bytes", 0)), one.get("sha256", "").lower()) for one in values.pop("files", []))
+    files = tuple(File(safe(one["path"]), int(one.get("bytes", 0)), one.get("sha256", "").lower()) for one in values.pop("files", []))
     licence = Licence(**values.pop("licence"))
     values |= {name: tuple(values.get(name, ())) for name in ("mirrors", "patterns", "needs", "also")}
     id = values["id"]
@@ -151,7 +151,7 @@ def _entry(values: dict[str, Any]) -> Entry:
     return Entry(files=files, licence=licence, loader=values.pop("class"), **values)
 
 
-def _safe(path: str) -> str:
+def safe(path: str) -> str:
     """A path that stays in its folder and whose kind of file is accepted."""
     parts = PurePosixPath(path).parts
     if not parts or path.startswith("/") or ".." in parts or "\\" in path or ":" in path or PurePosixPath(path).as_posix() != path:
@@ -191,7 +191,7 @@ def _state(one: Entry) -> tuple[str, str]:
         there = all(any(where.glob(name)) for name in names)
         wrong = [file.path for file in one.files if there and file.bytes and (where / file.path).stat().st_size != file.bytes]
         return ("damaged", f"{wrong[0]} has another size") if wrong else ("bundled" if there else "missing", "")
-    lock = _json(where / LOCK)
+    lock = read(where / LOCK)
     if lock is None:
         begun = (where / UNDER_WAY).is_file() or where.is_dir() and any(where.rglob("*.part"))
         return "partial" if begun else "missing", ""
@@ -247,7 +247,7 @@ def _no_weights(one: Entry, kind: str, wrong: str) -> KilnError:
 def _recheck(one: Entry) -> str:
     """What is wrong with files that changed since they were checked; they are hashed again."""
     where = place(one)
-    lock = _json(where / LOCK)
+    lock = read(where / LOCK)
     if lock is None:
         return "its lock is gone"
     changed = False
@@ -256,13 +256,13 @@ def _recheck(one: Entry) -> str:
         now = path.stat().st_mtime_ns
         if now == file.get("mtime_ns"):
             continue
-        if _sha256(path) != file["sha256"]:
+        if sha256(path) != file["sha256"]:
             lock["damaged"] = f"{file['path']} does not have the bytes that were checked"
             break
         file["mtime_ns"], changed = now, True
     if changed or lock.get("damaged"):
         with contextlib.suppress(OSError, KilnError):  # a folder that cannot be written to is checked each time
-            _write(where / LOCK, lock)
+            write(where / LOCK, lock)
     return lock.get("damaged", "")
 
 
@@ -304,44 +304,56 @@ def _gigabytes(count: float) -> str:
 
 def accepted(one: Entry) -> str:
     """When the user agreed to the entry's licence, as a date, or "". What comes with Kiln needs no consent of its own."""
-    found = (_json(root() / "licences.json") or {}).get(one.id, {})
+    found = (read(root() / "licences.json") or {}).get(one.id, {})
     same = found.get("licence") == one.licence.name and found.get("url") == one.licence.url
     return found.get("date", "") if same else ""
 
 
-def consent(id: str) -> str:
-    """What a user should know before a download: a block of lines for each entry that would come."""
-    blocks = []
-    for one in chain(id):
-        if state(one.id) in ("installed", "bundled"):
-            continue
-        memory = ", ".join(f"{way} {need:g} GB" for way, need in one.memory.items())
-        terms = {"yes": "allowed", "no": "not allowed"}.get(one.licence.commercial, one.licence.commercial)
-        checked = "every file is pinned" if one.pinned else "files are checked against what the hub tells at the first download"
-        lines = [
-            f"{one.title} ({one.id}): {one.purpose}",
-            f"  Size       {size_text(one.bytes) if one.bytes else 'told by the hub'}; {checked}",
-            f"  Memory     {memory or 'little'}",
-            f"  Licence    {one.licence.name}, {one.licence.url}",
-            f"  Commercial {terms}; territory: {one.licence.territory}",
-        ]
-        if one.gated:
-            lines.append(f"  Login      its owner asks you to agree at {HUB}/{one.source} first, and a token: HF_TOKEN or `hf auth login`")
-        blocks.append("\n".join(lines))
-    return "\n".join(blocks)
+def terms(one: Entry) -> str:
+    """What a user should know before agreeing to a download, in lines."""
+    memory = ", ".join(f"{way} {need:g} GB" for way, need in one.memory.items())
+    commercial = {"yes": "allowed", "no": "not allowed"}.get(one.licence.commercial, one.licence.commercial)
+    known = "every file is pinned" if one.pinned else "at a pinned commit" if one.revision else "not pinned: the first download binds"
+    lines = [
+        f"{one.title} ({one.id}): {one.purpose}",
+        f"  Size       {size_text(one.bytes) if one.bytes else 'told by the hub'}, {'with Kiln' if one.bundled else known}",
+        f"  Memory     {memory}",
+        f"  Licence    {one.licence.name}, {one.licence.url}",
+        f"  Commercial {commercial}",
+        f"  Territory  {one.licence.territory}",
+    ]
+    if one.gated:
+        lines.append(f"  Login      agree at {HUB}/{one.source} first; then a token, in HF_TOKEN or by `hf auth login`")
+    return "\n".join(lines)
 
 
-def _agree(one: Entry) -> None:
+def describe(one: Entry) -> dict[str, Any]:
+    """An entry and how it stands, for lists, as plain values."""
+    kind, wrong = _state(one)
+    where = place(one)
+    lock = read(where / LOCK) or {}
+    here = sum(path.stat().st_size for path in where.rglob("*") if path.is_file()) if kind != "missing" and where.is_dir() else 0
+    return {
+        "id": one.id, "title": one.title, "purpose": one.purpose, "class": one.loader, "state": kind, "problem": wrong,
+        "bytes": one.bytes or sum(file["bytes"] for file in lock.get("files", [])), "here": here, "memory": dict(one.memory),
+        "licence": asdict(one.licence), "accepted": accepted(one), "needs": list(one.needs), "gated": one.gated, "bundled": one.bundled,
+        "pinned": one.pinned or one.bundled, "source": one.source, "revision": one.revision or lock.get("revision", ""),
+        "checked": lock.get("checked", ""),
+    }  # fmt: skip
+
+
+def agree(one: Entry) -> None:
+    """Records that the user accepts the entry's licence, with the date."""
     path = root() / "licences.json"
-    known = _json(path) or {}
+    known = read(path) or {}
     known[one.id] = {"licence": one.licence.name, "url": one.licence.url, "date": time.strftime("%Y-%m-%d")}
-    _write(path, known)
+    write(path, known)
 
 
 # -- Files of ours -----------------------------------------------------------------------------------------------------------------------
 
 
-def _json(path: Path) -> dict[str, Any] | None:
+def read(path: Path) -> dict[str, Any] | None:
     """A small file of ours; None if it is not there or is not whole."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -350,12 +362,12 @@ def _json(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _write(path: Path, values: dict[str, Any]) -> None:
+def write(path: Path, values: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     disk.write(path, [json.dumps(values, indent=1).encode()], path.parent)
 
 
-def _sha256(path: Path, step: Callable[[int], None] = lambda count: None) -> str:
+def sha256(path: Path, step: Callable[[int], None] = lambda count: None) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as source:
         while piece := source.read(1 << 22):
