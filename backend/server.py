@@ -29,6 +29,7 @@ from zmq.utils import z85
 
 from backend import disk
 from backend.jobs import Jobs
+from backend.pulls import Pulls
 from backend.store import Store, Upload, check_hash
 from protocol import VERSION, messages
 from protocol.client import bad_version
@@ -158,6 +159,8 @@ class Server:
             self.store = Store(self.home / "store")
             opened.callback(self.store.close)
             self.jobs = Jobs(self.store, self._listen, workers=workers)
+            self.pulls = Pulls()
+            opened.callback(self.pulls.close)
             self._pool = ThreadPoolExecutor(4, "requests")
             self._files = ThreadPoolExecutor(1, "uploads")  # one: a file's chunks are written in their order
             opened.callback(self._pool.shutdown, cancel_futures=True)
@@ -239,7 +242,7 @@ class Server:
         if self._sessions and not self._stop_when_idle:
             self._busy_at = now
         elif self._until_idle or self._stop_when_idle:
-            self._later(self._pool, self.jobs.idle, self._consider_idle)
+            self._later(self._pool, lambda: self.pulls.idle() and self.jobs.idle(), self._consider_idle)
 
     def _consider_idle(self, idle: bool, error: KilnError | None) -> None:
         now = time.monotonic()
@@ -768,6 +771,20 @@ class Server:
 
         self._later(self._pool, gather, join)
 
+    def _weights(self, session: _Session, to: str, header: dict[str, Any], blob: zmq.Frame | None) -> None:
+        entry = take(header, "entry", str, "")
+        self._answer_from(self._pool, session, to, lambda: self.pulls.list(entry))
+
+    def _change_weights(self, session: _Session, to: str, header: dict[str, Any], blob: zmq.Frame | None) -> None:
+        entry, kind = take(header, "entry", str), header["type"]
+        if kind == "weights.pull":
+            accept, online = take(header, "accept", bool, False), take(header, "online", bool, True)
+            source = take(header, "source", str, "")
+            self._answer_from(self._pool, session, to, lambda: {"entry": self.pulls.start(entry, accept, online, source)})
+        else:
+            change = {"weights.cancel": self.pulls.cancel, "weights.remove": self.pulls.remove}[kind]
+            self._answer_from(self._pool, session, to, lambda: {"entry": change(entry)})
+
     def _shutdown(self, session: _Session, to: str, header: dict[str, Any], blob: zmq.Frame | None) -> None:
         mode = take(header, "mode", str, "now")
         if mode not in ("now", "idle"):
@@ -902,6 +919,7 @@ class Server:
     _REQUESTS = {
         "ping": _ping, "status": _status, "submit": _submit, "jobs": _list, "job": _job, "cancel": _job, "retry": _job, "remove": _remove,
         "events": _events, "subscribe": _subscribe, "missing": _missing, "upload": _upload, "finish": _finish, "download": _download,
+        "weights": _weights, "weights.pull": _change_weights, "weights.cancel": _change_weights, "weights.remove": _change_weights,
         "shutdown": _shutdown,
     }  # fmt: skip
     _UNANSWERED = {"chunk": _take_chunk, "credit": _credit, "stop": _stop_download}

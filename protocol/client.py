@@ -186,6 +186,24 @@ class Client:
         """Ends the backend: now, and what runs resumes at its next start; or when nothing is queued or running."""
         self._request("shutdown", mode="now" if now else "idle")
 
+    # -- Weights ------------------------------------------------------------------------------------------------------------------
+
+    def weights(self, id: str = "") -> dict[str, Any]:
+        """The registry of weights, or one entry of it, and how each stands: entries, folder, free, offline. See SPEC.md."""
+        return self._request("weights", entry=id)
+
+    def pull_weights(self, id: str, accept: bool = False, online: bool = True, source: str = "") -> dict[str, Any]:
+        """Begins a download, or goes on with one, and returns the entry; `weights` tells how far it is. accept: the user agrees to the
+        licences. source: a folder or a bundle on the backend's machine to take the files from."""
+        return self._request("weights.pull", entry=id, accept=accept, online=online, source=source)["entry"]
+
+    def cancel_weights(self, id: str) -> dict[str, Any]:
+        """Ends a download; what came is kept."""
+        return self._request("weights.cancel", entry=id)["entry"]
+
+    def remove_weights(self, id: str) -> dict[str, Any]:
+        return self._request("weights.remove", entry=id)["entry"]
+
     # -- Events -------------------------------------------------------------------------------------------------------------------
 
     def subscribe(self) -> None:

@@ -9,7 +9,7 @@ import msgpack
 
 from .errors import KilnError
 
-PROTOCOL = (1, 0)  # (major, minor): a new major breaks old peers, a new minor only adds messages and fields
+PROTOCOL = (1, 1)  # (major, minor): a new major breaks old peers, a new minor only adds messages and fields
 
 FRAME_BYTES = 512 * 1024  # one frame of a request: a header, or a blob
 REPLY_BYTES = 2 * FRAME_BYTES  # one frame of an answer: a job's inputs come back beside its results

@@ -48,7 +48,7 @@ def test_another_major_version_is_refused_with_both_versions(service, theirs, wh
     with service.peer(hello=False) as peer:
         answer, _ = peer.ask("hello", protocol=theirs)
         assert answer["error"]["code"] == "bad-version"
-        assert "1.0" in answer["error"]["message"] and ".".join(map(str, theirs)) in answer["error"]["message"]
+        assert "1.1" in answer["error"]["message"] and ".".join(map(str, theirs)) in answer["error"]["message"]
         assert who in answer["error"]["hint"]
         answer, _ = peer.ask("status")
         assert answer["error"]["code"] == "no-hello"
@@ -67,7 +67,7 @@ def test_this_client_tells_an_older_and_a_newer_backend(services):
     with server.client() as client, pytest.raises(KilnError) as caught:
         client.status()
     assert caught.value.code == "bad-version"
-    assert "1.0" in caught.value.message and "2.3" in caught.value.message and "this client" in caught.value.hint
+    assert "1.1" in caught.value.message and "2.3" in caught.value.message and "this client" in caught.value.hint
 
 
 def test_unknown_messages_and_fields_do_no_harm(service):

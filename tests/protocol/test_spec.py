@@ -19,7 +19,7 @@ def test_the_limits_are_those_of_the_code():
 
 
 def test_every_message_is_described():
-    described = set(re.findall(r"^    (\w+) +\{", SPEC, re.MULTILINE)) | set(re.findall(r'type: "(\w+)"', SPEC))
+    described = set(re.findall(r"^    ([\w.]+) +\{", SPEC, re.MULTILINE)) | set(re.findall(r'type: "(\w+)"', SPEC))
     assert set(Server._REQUESTS) | set(Server._UNANSWERED) | {"hello", "event", "error", "reply"} <= described
 
 
