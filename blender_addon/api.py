@@ -19,12 +19,12 @@ from pathlib import Path
 
 import bpy
 
-from . import capture, capture_motion, export, import_motion, properties, rebake, session
+from . import capture, capture_motion, export, import_motion, picture_input, properties, rebake, session
 from .import_asset import Imported
 from .protocol import recipes
 from .protocol.errors import KilnError
 
-__all__ = ["Imported", "KilnError", "animate", "mesh_splats", "reconstruct", "run"]
+__all__ = ["Imported", "KilnError", "animate", "mesh_splats", "picture_to_3d", "reconstruct", "run"]
 
 
 def reconstruct(source, preset: str = "standard", save_to: str | Path | None = None, **parameters) -> Imported:
@@ -61,6 +61,27 @@ def animate(
     return run("animate", source, preset, save_to, 0, motion, loop, start, **parameters)
 
 
+def picture_to_3d(
+    image=None,
+    prompt: str = "",
+    model: str | None = None,
+    views: str | Path | None = None,
+    preset: str = "standard",
+    save_to: str | Path | None = None,
+    **parameters,
+) -> Imported:
+    """Makes a textured mesh of a picture, or of words, and imports it at the 3D cursor, selected.
+
+    `image`: a picture's path; or an image of this file, or its name. `prompt`: what it shows; without `image`, the picture is made from it.
+    `model`: what generates the views (`generate.model`). `views`: a folder of pictures once round a subject instead of `image`; nothing is
+    generated then. The rest as of `reconstruct`.
+    """
+    if image is not None and views is not None:
+        raise KilnError("bad-parameter", "A picture and a folder of views were given.", "Give one of them.")
+    given = {**parameters, **({"generate_prompt": prompt} if prompt else {}), **({"generate_model": model} if model else {})}
+    return run("im3d", image if views is None else Path(views), preset, save_to, **given)
+
+
 def run(
     recipe: str,
     source,
@@ -81,8 +102,12 @@ def run(
         raise KilnError("bad-parameter", f"There is no motion {motion!r}.", f"Choose one of {', '.join(import_motion.FILES)}.")
     if quads and made.INPUT == "motion":
         raise KilnError("bad-parameter", "Quads of a result that moves would stand still.", "Leave quads out.")
+    if made.INPUT == "picture" and made.generate.only:
+        raise KilnError("bad-parameter", "With generate.only there would be views and no asset.", "Leave it out.")
     now = session.current
-    if made.INPUT == "splats" and (isinstance(source, Path) or isinstance(source, str) and source.lower().endswith(export.SUFFIXES)):
+    if made.INPUT == "picture":
+        subject = _picture(source, made.generate.prompt)
+    elif made.INPUT == "splats" and (isinstance(source, Path) or isinstance(source, str) and source.lower().endswith(export.SUFFIXES)):
         subject = export.subject(bpy.context, file=source)
     elif made.INPUT == "splats":
         subject = export.subject(bpy.context, thing=_objects(source)[0])
@@ -100,6 +125,17 @@ def run(
         with session.quiet():
             rebake.remesh_quads(bpy.context, imported.mesh_object, quads)
     return imported
+
+
+def _picture(source, prompt: str) -> picture_input.Subject:
+    """A path (of a folder: its views), an image of this file, its name, or None for the words alone."""
+    if isinstance(source, str) and not Path(source).exists() and source in bpy.data.images:
+        source = bpy.data.images[source]
+    if isinstance(source, bpy.types.Image):
+        return picture_input.subject(bpy.context, prompt, image=source)
+    if source and Path(source).is_dir():
+        return picture_input.subject(bpy.context, prompt, views=source)
+    return picture_input.subject(bpy.context, prompt, file=source)
 
 
 def _objects(source) -> list[bpy.types.Object]:

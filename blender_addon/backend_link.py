@@ -46,7 +46,7 @@ STOPPED = KilnError("backend-stopped", "The backend is stopped.", "Press Start i
 PATIENCE = 0.5  # seconds that a lost connection is tried again before the backend counts as gone
 GONE = ("unavailable", "refused")  # errors that say that nobody answers
 END_TIME = 10.0  # seconds that a backend which was told to end may take
-URGENT = ("cancel", "stop", "give_up")  # orders that no transfer holds up
+URGENT = ("cancel", "stop", "give_up", "cancel_weights")  # orders that no transfer holds up
 _FILE_NAME = re.compile(r"[0-9A-Za-z_]([0-9A-Za-z_.-]{0,150}[0-9A-Za-z_-])?")
 _DEVICE = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$)", re.IGNORECASE)  # on Windows, whatever the suffix
 
@@ -371,7 +371,14 @@ class Link(threading.Thread):
 
     # Orders to the backend
 
-    def _order_submit(self, ticket: int, recipe: str, values: dict, inputs: dict, title: str, source: dict, id: str) -> dict:
+    def _order_submit(
+        self, ticket: int, recipe: str, values: dict, inputs: dict, title: str, source: dict, id: str, base: str = "", without: tuple = ()
+    ) -> dict:
+        """base: a job whose inputs serve too, but those whose names begin with one of `without`; the backend has them."""
+        if base:
+            kept = {name: hash for name, hash in self._client.job(base)["inputs"].items() if not name.startswith(without)}
+            inputs = {**kept, **inputs}
+
         def report(sent, total):
             self._transferred(ticket, sent / max(total, 1))
 
@@ -403,6 +410,18 @@ class Link(threading.Thread):
 
     def _order_remove(self, ticket: int, job: str) -> None:
         self._client.remove(job)
+
+    def _order_weights(self, ticket: int) -> dict:
+        return self._client.weights()
+
+    def _order_pull_weights(self, ticket: int, id: str, accept: bool, online: bool, source: str = "") -> dict:
+        return self._client.pull_weights(id, accept, online, source)
+
+    def _order_cancel_weights(self, ticket: int, id: str) -> dict:
+        return self._client.cancel_weights(id)
+
+    def _order_remove_weights(self, ticket: int, id: str) -> dict:
+        return self._client.remove_weights(id)
 
     # Listening
 

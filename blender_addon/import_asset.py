@@ -15,6 +15,7 @@ import numpy as np
 from mathutils import Matrix, Quaternion
 
 from . import import_motion, scratch, splat_files, splat_nodes
+from .protocol import recipes
 from .protocol.errors import KilnError
 
 CLEANED = ("objects", "meshes", "materials", "images", "collections", "node_groups", "actions", "armatures", "cameras", "lights", "scenes")
@@ -40,7 +41,7 @@ def import_asset(
     context: bpy.types.Context, folder: Path, source: dict, provenance: dict, motion: import_motion.How | None = None
 ) -> Imported:
     """Bring `mesh.glb` and, where they are there, `splats.ply` and `preview.png` from `folder` into the scene of `source`; of the recipe
-    `animate` its motion too, as `motion` says.
+    `animate` its motion too, as `motion` says. What was made of a picture, and so lies on no object of the scene, is selected.
 
     source: as from capture.Capture.finish(), perhaps stored in between; a job from elsewhere has none of its places, and comes in at the
     origin. provenance: what the asset should tell of its making (recipe, parameters, job, kiln).
@@ -75,6 +76,9 @@ def import_asset(
                 getattr(bpy.data, name).remove(made)
         reason = str(error).removeprefix("Error: ").strip()
         raise KilnError("import-failed", f"The result of {title} cannot be imported: {reason}", "Run the job again.") from error
+    kind = getattr(recipes.RECIPES.get(provenance.get("recipe", "")), "INPUT", "")
+    if kind == "picture" and context.scene == scene and context.mode == "OBJECT":
+        _select_alone(context.view_layer, mesh_object)
     _undo_step(context, f"Kiln: import {title}")
     return Imported(collection, mesh_object, splats_object, armature_object)
 
@@ -209,11 +213,12 @@ def _splats(path: Path, source: dict, collection: bpy.types.Collection) -> bpy.t
 
 
 def _own_frame_from_metres(source: dict) -> np.ndarray:
-    """From the results' world (metres) into the source's rigid frame (Blender units), 4x4."""
+    """From the results' world (metres) into the source's rigid frame (Blender units), 4x4. The source's `anchor` is the point of that
+    world, in Blender units, that comes to lie on its `location`: the same, but for results that have no place in the scene."""
     rotation = np.array(Quaternion(source["rotation"]).to_matrix(), np.float64)
     matrix = np.eye(4)
     matrix[:3, :3] = rotation.T / source["unit_scale"]
-    matrix[:3, 3] = -rotation.T @ np.array(source["location"], np.float64)
+    matrix[:3, 3] = -rotation.T @ np.array(source.get("anchor", source["location"]), np.float64)
     return matrix
 
 

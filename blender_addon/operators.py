@@ -8,8 +8,8 @@ import bpy
 from bpy.props import BoolProperty, CollectionProperty, EnumProperty, FloatProperty, IntProperty, StringProperty
 from bpy_extras.io_utils import ImportHelper
 
-from . import capture_motion, import_asset, preferences, properties, rebake, session
-from .protocol import connection, recipes
+from . import capture_motion, import_asset, preferences, properties, rebake, session, turntable
+from .protocol import connection, picture, recipes
 from .protocol.errors import KilnError
 
 # While views are rendered the scene stays as it is, so only looking around is passed on.
@@ -57,7 +57,11 @@ class KILN_OT_generate(bpy.types.Operator):
         ),
         "collection": StringProperty(name="Collection", description="Capture this collection, not the selection", options={"SKIP_SAVE"}),
         "file": StringProperty(
-            name="Splat File", description="Take these splats, not the active object", subtype="FILE_PATH", options={"SKIP_SAVE"}
+            name="File", description="Take these splats, not the active object; or this picture", subtype="FILE_PATH", options={"SKIP_SAVE"}
+        ),
+        "image": StringProperty(name="Image", description="Take this image of the .blend file", options={"SKIP_SAVE"}),
+        "views": StringProperty(
+            name="Views", description="Take this folder of pictures, once round the subject", subtype="DIR_PATH", options={"SKIP_SAVE"}
         ),
         **{name: properties.blender_property(parameter, options={"SKIP_SAVE"}) for name, parameter in every_parameter().items()},
     }
@@ -88,8 +92,9 @@ class KILN_OT_generate(bpy.types.Operator):
     def begin(self, context) -> None:
         """Everything that can refuse before the first view is rendered."""
         name, values = self.values(context)
-        collection, file = (getattr(self, given) if self.properties.is_property_set(given) else None for given in ("collection", "file"))
-        subject = session.chosen_subject(context, name, collection, file)
+        chosen = ("collection", "file", "image", "views")
+        given = {which: getattr(self, which) for which in chosen if self.properties.is_property_set(which)}
+        subject = session.chosen_subject(context, name, **given, prompt=values.get("generate.prompt", ""))
         self.shoot = session.Shoot(subject, recipes.make(name, values))
 
     def invoke(self, context, event):
@@ -145,7 +150,9 @@ class KILN_OT_generate(bpy.types.Operator):
         try:
             self.begin(context)
             job = self.submitted(context, self.shoot.all_at_once())
-            if bpy.app.background:
+            if bpy.app.background and job.data["parameters"].get("generate.only"):
+                session.current.wait_for_results(job)  # the views, which lie in job.results; nothing to import
+            elif bpy.app.background:
                 session.current.wait_for_results(job)
                 made = session.current.import_results(context, job)
                 if job.quads:
@@ -211,6 +218,8 @@ class KILN_OT_import_job(JobOperator, bpy.types.Operator):
     def act(self, context, job):
         if job.state != "done":
             raise KilnError("not-done", f"{job.data['title']} is not done.", "Import it when it is.")
+        if "mesh.glb" not in job.data["results"]:
+            raise KilnError("no-mesh", f"{job.data['title']} stopped after its views, as was asked.", "Press Go On for the asset.")
         named = {"motion": "way", "loop": "loop", "start": "start"}
         given = {named[name]: getattr(self, name) for name in named if self.properties.is_property_set(name)}
         job.motion = dataclasses.replace(properties.motion(context.scene.kiln), **given)
@@ -219,6 +228,118 @@ class KILN_OT_import_job(JobOperator, bpy.types.Operator):
             session.current.import_results(context, job)
         else:  # the timer does it, at once unless something stands in the way
             job.file, job.wants_import, job.asked = session.current.file, True, True
+
+
+class ViewOperator(JobOperator):
+    """An operator on one view of a job's turntable."""
+
+    view: IntProperty(name="View", description="The view's number", min=0, options={"SKIP_SAVE"})
+
+    def table(self, job: session.Job):
+        """The job's views, or KilnError."""
+        if not turntable.is_generated(job.data) or job.turntable is None or self.view not in job.turntable.pictures:
+            raise KilnError("no-views", f"{job.data['title']} has no view {self.view} to change.", "Choose one of a generated turntable.")
+        return job.turntable
+
+
+class KILN_OT_reroll_view(ViewOperator, bpy.types.Operator):
+    """Generate this view anew, differently. Press again to keep it"""
+
+    bl_idname = "kiln.reroll_view"
+    bl_label = "Re-roll View"
+
+    def act(self, context, job):
+        self.table(job).reroll(self.view)
+        session.current.show_view(job, self.view)
+        session.redraw()
+
+
+class KILN_OT_replace_view(ViewOperator, ImportHelper, bpy.types.Operator):
+    """Put a picture of your own in this view's place. Where there is one, take it away again"""
+
+    bl_idname = "kiln.replace_view"
+    bl_label = "Replace View"
+
+    filename_ext = ".png"
+    filter_glob: StringProperty(default=";".join(f"*{suffix}" for suffix in picture.SUFFIXES), options={"HIDDEN"})
+
+    def invoke(self, context, event):
+        try:
+            job = self.chosen(context)
+            if self.view not in self.table(job).replaced:
+                return super().invoke(context, event)
+            job.turntable.keep(self.view)
+            session.current.show_view(job, self.view)
+        except KilnError as error:
+            return refuse(self, error)
+        session.redraw()
+        return {"FINISHED"}
+
+    def act(self, context, job):
+        with session.disk_errors():
+            self.table(job).replace(self.view, Path(bpy.path.abspath(self.filepath)))
+        session.current.show_view(job, self.view)
+        session.redraw()
+
+
+class KILN_OT_go_on(JobOperator, bpy.types.Operator):
+    """Make the asset of these views"""
+
+    bl_idname = "kiln.go_on"
+    bl_label = "Go On"
+
+    only: BoolProperty(name="Views Only", description="Change the views as asked, and stop to look at them again", options={"SKIP_SAVE"})
+
+    @classmethod
+    def description(cls, context, properties):
+        return (
+            "Change the views as marked, to look at them again" if properties.only else "Make the asset of these views, changed as marked"
+        )
+
+    def act(self, context, job):
+        made = session.current.go_on(job, self.only)
+        if bpy.app.background:
+            session.current.wait_for_results(made)
+            if not self.only:
+                session.current.import_results(context, made)
+
+
+class KILN_OT_use_picture(ImportHelper, bpy.types.Operator):
+    """Make an asset of a picture: puts it into the Kiln tab as the source, where Generate starts"""
+
+    bl_idname = "kiln.use_picture"
+    bl_label = "Picture to 3D"
+    bl_options = {"REGISTER", "UNDO"}
+
+    filename_ext = ".png"
+    filepath: StringProperty(subtype="FILE_PATH", options={"SKIP_SAVE"})
+    filter_glob: StringProperty(default=";".join(f"*{suffix}" for suffix in picture.SUFFIXES), options={"HIDDEN"})
+
+    def invoke(self, context, event):
+        return self.execute(context) if self.filepath else super().invoke(context, event)  # dropped: chosen already
+
+    def execute(self, context):
+        settings = context.scene.kiln
+        try:
+            picture.named(Path(self.filepath))
+        except KilnError as error:
+            return refuse(self, error)
+        settings.recipe, settings.picture_source, settings.picture_file = "im3d", "FILE", self.filepath
+        session.show_tab(context.area)
+        return {"FINISHED"}
+
+
+class KILN_FH_picture(bpy.types.FileHandler):
+    """Pictures dropped into a viewport. Blender asks whether they are for this, or for its own reference images."""
+
+    bl_idname = "KILN_FH_picture"
+    bl_label = "Picture to 3D"
+    bl_import_operator = "kiln.use_picture"
+    bl_file_extensions = ";".join(picture.SUFFIXES)
+
+    @classmethod
+    def poll_drop(cls, context):
+        return context.area is not None and context.area.type == "VIEW_3D"
 
 
 class KILN_OT_show(JobOperator, bpy.types.Operator):
@@ -672,6 +793,7 @@ CLASSES = (
     KILN_OT_stop_backend, KILN_OT_set_up_backend, KILN_OT_set_up_from_bundle, KILN_OT_repair_backend, KILN_OT_remove_backend,
     KILN_OT_cancel_set_up, KILN_OT_connect, KILN_OT_use_local, KILN_OT_reset_parameters, KILN_OT_dismiss, KILN_OT_copy_details,
     KILN_OT_open_log, KILN_OT_announce, KILN_OT_import_splats, KILN_FH_splats, KILN_OT_retexture, KILN_OT_remesh_quads,
+    KILN_OT_reroll_view, KILN_OT_replace_view, KILN_OT_go_on, KILN_OT_use_picture, KILN_FH_picture,
 )  # fmt: skip
 
 

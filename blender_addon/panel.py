@@ -5,7 +5,7 @@ import time
 import blf
 import bpy
 
-from . import capture_motion, preferences, properties, rebake, session, splat_nodes
+from . import capture_motion, preferences, properties, rebake, session, splat_nodes, turntable
 from .protocol import estimates, recipes
 from .protocol.client import FINAL
 from .protocol.errors import KilnError
@@ -20,6 +20,7 @@ LOOK = {  # backend state: icon, words
     "failed": ("ERROR", "Backend failed"),
 }
 STATES = {"queued": "Waiting", "cancelling": "Cancelling", "failed": "Failed", "cancelled": "Cancelled"}
+AT_THE_SOURCE = ("generate.model", "generate.prompt", "generate.only")  # parameters that are drawn there
 SETTING_UP = {"create": "Setting up the backend", "repair": "Repairing the backend", "remove": "Removing the backend"}
 
 
@@ -229,10 +230,10 @@ def draw_backend(layout, context) -> None:
 
 
 def draw_parameters(layout, group, recipe: type, advanced: bool, without: tuple[str, ...] = ()) -> None:
-    """The recipe's controls, each group under its name."""
+    """The recipe's controls, each group under its name; but those whose names begin with one of `without`."""
     heading, column = None, None
     for parameter in recipes.parameters(recipe):
-        if parameter.advanced != advanced or parameter.name in without:
+        if parameter.advanced != advanced or parameter.name.startswith(without or " "):
             continue
         name = parameter.group if "." in parameter.name else ""
         if column is None or name != heading:
@@ -242,6 +243,72 @@ def draw_parameters(layout, group, recipe: type, advanced: bool, without: tuple[
         row = column.row(align=True)
         row.active = parameter.name not in ("capture.frame_start", "capture.frame_end") or not group.capture_scene_frames
         row.prop(group, properties.identifier(parameter.name))
+
+
+def draw_picture(box, context, settings, group) -> None:
+    """What a recipe that takes a picture starts from, and the model that makes views of it."""
+    source = settings.picture_source
+    box.row().prop(settings, "picture_source", expand=True)
+    if source == "FILE":
+        box.prop(settings, "picture_file", text="")
+    elif source == "IMAGE":
+        box.template_ID(settings, "picture_image", open="image.open")
+    elif source == "VIEWS":
+        box.prop(settings, "picture_views", text="")
+        return
+    icon = session.current.source_icon
+    if icon and source != "PROMPT":
+        box.template_icon(icon_value=icon, scale=6.0)
+    box.prop(group, "generate_prompt", text="", placeholder="What it is, in words" if source == "PROMPT" else "In words, if you like")
+    column = box.column(align=True)
+    column.prop(group, "generate_model", text="")
+    meaning = next(
+        (item.description for item in group.bl_rna.properties["generate_model"].enum_items if item.identifier == group.generate_model), ""
+    )
+    draw_text(column, context, meaning, "INFO")
+    box.prop(group, "generate_only", text="Look at the Views First")
+
+
+def draw_views(box, context, job) -> None:
+    """The turntable of a finished job, each view with what can be done about it."""
+    table, data = job.turntable, job.data
+    if table is None or not table.pictures:
+        return
+    asked = "mesh.glb" not in data["results"]  # the job stopped here, for the views to be looked at
+    body = box
+    if not asked:
+        header, body = box.panel("kiln_views", default_closed=True)
+        header.label(text=f"Views ({len(table.pictures)})")
+    if not body:
+        return
+    own = not turntable.is_generated(data)
+    width = context.region.width / context.preferences.system.ui_scale
+    grid = body.grid_flow(row_major=True, columns=max(2, min(8, int(width / 75))), even_columns=True, even_rows=True, align=True)
+    for number in table.pictures:
+        cell = grid.column(align=True)
+        picture = session.current.pictures.get(f"{data['id']}/view_{number}")
+        cell.template_icon(icon_value=picture.icon_id if picture else 0, scale=3.0)
+        if own:
+            continue
+        row = cell.row(align=True)
+        again = row.operator("kiln.reroll_view", text=f"{number}", icon="FILE_REFRESH", depress=number in table.again)
+        replaced = number in table.replaced
+        instead = row.operator("kiln.replace_view", text="", icon="X" if replaced else "FILE_IMAGE", depress=replaced)
+        again.job = instead.job = data["id"]
+        again.view = instead.view = number
+    if own:
+        return
+    if table.edited:
+        draw_text(body, context, table.sentence())
+    row = body.row(align=True)
+    row.scale_y = 1.4
+    look = row.row(align=True)
+    look.enabled = table.edited
+    again = look.operator("kiln.go_on", text="Change and Look", icon="HIDE_OFF")
+    again.job, again.only = data["id"], True
+    on = row.row(align=True)
+    on.enabled = asked or table.edited
+    on.operator("kiln.go_on", text="Go On" if asked else "Make Again", icon="PLAY").job = data["id"]
 
 
 class KilnPanel:
@@ -301,6 +368,9 @@ class KILN_PT_generate(KilnPanel, bpy.types.Panel):
         if changed:
             row.operator("kiln.reset_parameters", text="", icon="LOOP_BACK")
         values = capture_motion.resolved(properties.values(group, recipe), context.scene)
+        own_views = recipe.INPUT == "picture" and settings.picture_source == "VIEWS"  # for these nothing is generated
+        if own_views:
+            values.update({"generate.steps": 0, "iterate.rounds": 0})
         expected = now.estimate(settings.recipe, values, getattr(subject, "count", None))
         draw_text(column, context, estimate_text(expected), "TIME")
         if memory_warning(expected):
@@ -308,12 +378,18 @@ class KILN_PT_generate(KilnPanel, bpy.types.Panel):
         header, body = column.panel("kiln_parameters", default_closed=True)
         header.label(text=f"Parameters ({len(changed)} changed)" if changed else "Parameters")
         if body:
-            placed = recipe.INPUT == "splats" and settings.splats_source == "OBJECT"
-            draw_parameters(body, group, recipe, advanced=False, without=("subject.up",) if placed else ())
+            without: tuple[str, ...] = ()
+            if recipe.INPUT == "splats" and settings.splats_source == "OBJECT":
+                without = ("subject.up",)
+            elif own_views:
+                without = ("generate.", "iterate.")
+            elif recipe.INPUT == "picture":
+                without = AT_THE_SOURCE
+            draw_parameters(body, group, recipe, advanced=False, without=without)
             header, body = body.panel("kiln_advanced", default_closed=True)
             header.label(text="Advanced")
             if body:
-                draw_parameters(body, group, recipe, advanced=True)
+                draw_parameters(body, group, recipe, advanced=True, without=without)
         if recipe.INPUT != "motion":
             row = column.row(align=True, heading="Quads")
             row.prop(settings, "quads", text="")
@@ -338,6 +414,8 @@ class KILN_PT_generate(KilnPanel, bpy.types.Panel):
             box.row().prop(settings, "splats_source", expand=True)
             if settings.splats_source == "FILE":
                 box.prop(settings, "splats_file", text="")
+        elif recipe.INPUT == "picture":
+            draw_picture(box, context, settings, getattr(settings, recipe.NAME))
         else:
             box.row().prop(settings, "source", expand=True)
             if settings.source == "COLLECTION":
@@ -350,6 +428,8 @@ class KILN_PT_generate(KilnPanel, bpy.types.Panel):
             draw_text(box, context, error.hint, "BLANK1")
         if subject is not None and subject.kind == "splats":
             box.label(text=f"{subject.title}: {subject.count:,} splats", icon="POINTCLOUD_DATA")
+        elif subject is not None and subject.kind == "prompt":
+            draw_text(box, context, "A picture is made from the words first, then the asset from that.", "INFO")
         elif subject is not None and subject.kind in ("object", "objects"):
             box.label(text=subject.title, icon="OBJECT_DATA" if subject.kind == "object" else "GROUP")
         if recipe.INPUT == "motion":
@@ -430,6 +510,8 @@ class KILN_PT_jobs(KilnPanel, bpy.types.Panel):
                 box.label(text=time_text(time.time() - data["started"]), icon="TIME")
         elif state == "queued":
             draw_text(box, context, "Waiting for its turn", "TIME")
+        elif state == "done" and "mesh.glb" not in data["results"]:
+            draw_text(box, context, "The views are ready. Change some, or go on.", "CHECKMARK")
         elif state == "done":
             took = time_text(data["finished"] - data["started"]) if data["finished"] and data["started"] else ""
             draw_text(box, context, f"Done in {took}" + (", in this file" if imported else ""), "CHECKMARK")
@@ -456,6 +538,8 @@ class KILN_PT_jobs(KilnPanel, bpy.types.Panel):
             draw_error(box, context, KilnError.from_wire(data["error"] or {}), job=data["id"])
         else:
             draw_text(box, context, "Cancelled", "X")
+        if state == "done":
+            draw_views(box, context, job)
         self.draw_log(box, context, job.log)
         if state == "done" and data["recipe"] == "animate":
             self.draw_motion(box, context.scene.kiln)
@@ -464,7 +548,9 @@ class KILN_PT_jobs(KilnPanel, bpy.types.Panel):
             row.enabled = state != "cancelling"
             row.operator("kiln.cancel_job", icon="X").job = data["id"]
             return
-        if state == "done":
+        if state == "done" and "mesh.glb" not in data["results"]:
+            pass
+        elif state == "done":
             row.operator("kiln.import_job", text="Import Again" if imported else "Import", icon="IMPORT").job = data["id"]
         else:
             row.operator("kiln.retry_job", icon="FILE_REFRESH").job = data["id"]

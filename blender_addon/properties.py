@@ -27,6 +27,8 @@ def blender_property(parameter: recipes.Parameter, **more):
         return BoolProperty(**about)
     if parameter.options:
         return EnumProperty(items=[(value, value.replace("_", " ").capitalize(), text) for value, text in parameter.options], **about)
+    if parameter.type is str:  # not cut off at its longest, which Blender counts in bytes: the recipe's check says so
+        return StringProperty(**about)
     subtype = {"subtype": "PIXEL"} if parameter.unit == "px" else {}
     if parameter.type is int:
         return IntProperty(min=int(parameter.low), max=int(parameter.high), **subtype, **about)
@@ -77,9 +79,16 @@ def _group_class(recipe: type) -> type:
 
 
 def apply_preset(group: PropertyGroup, recipe: type, preset: str) -> None:
-    """Sets every parameter of `group` to the preset's value."""
+    """Sets every parameter of `group` to the preset's value, but those that say what to make."""
     for name, value in recipes.values(recipes.make(recipe.NAME, preset=preset)).items():
-        setattr(group, identifier(name), value)
+        if name not in said(recipe):
+            setattr(group, identifier(name), value)
+
+
+def said(recipe: type) -> tuple[str, ...]:
+    """Parameters that say what to make and with which model: no preset knows better."""
+    texts = (parameter.name for parameter in recipes.parameters(recipe) if parameter.type is str and not parameter.options)
+    return (*texts, *recipe.WEIGHTS)
 
 
 def value_of(group: PropertyGroup, parameter: recipes.Parameter):
@@ -96,15 +105,16 @@ def values(group: PropertyGroup, recipe: type) -> dict:
 def changed(group: PropertyGroup, recipe: type) -> list[str]:
     """Names of the parameters that differ from the chosen preset."""
     preset = recipes.values(recipes.make(recipe.NAME, preset=group.preset))
-    return [name for name, value in values(group, recipe).items() if value != preset[name]]
+    return [name for name, value in values(group, recipe).items() if value != preset[name] and name not in said(recipe)]
 
 
 def preset_of(recipe: str, parameters: dict) -> str:
     """The preset that parameters are those of, or "custom"."""
     of_the_scene = ("capture.frame_start", "capture.frame_end") if parameters.get("capture.scene_frames") else ()
+    free = (*of_the_scene, *said(recipes.recipe_named(recipe)))
     for preset in recipes.recipe_named(recipe).PRESETS:
         known = recipes.values(recipes.make(recipe, preset=preset))
-        if {**known, **{name: parameters.get(name) for name in of_the_scene}} == parameters:
+        if {**known, **{name: parameters.get(name) for name in free}} == parameters:
             return preset
     return "custom"
 
@@ -156,6 +166,23 @@ class KilnSettings(PropertyGroup):
             ],
         ),
         "splats_file": StringProperty(name="Splat File", description="A .ply or .spz file of Gaussian splats", subtype="FILE_PATH"),
+        "picture_source": EnumProperty(
+            name="Source",
+            description="What to make an asset of",
+            items=[
+                ("FILE", "File", "A picture in a file; a prompt may say what it shows"),
+                ("IMAGE", "Image", "A picture in this .blend file, as it looks: loaded, packed, painted or rendered"),
+                ("VIEWS", "Views", "Pictures all around a subject: a turntable of your own, for which nothing is generated"),
+                ("PROMPT", "Text", "Words alone: the picture is made first"),
+            ],
+        ),
+        "picture_file": StringProperty(name="Picture", description="A picture of the subject from the front", subtype="FILE_PATH"),
+        "picture_image": PointerProperty(type=bpy.types.Image, name="Picture", description="A picture of the subject from the front"),
+        "picture_views": StringProperty(
+            name="Views",
+            description="A folder of pictures once round the subject in the order of their names, or with their cameras in transforms.json",
+            subtype="DIR_PATH",
+        ),
         "quads": BoolProperty(
             name="Quads",
             description="Remesh each result to quads when it comes in (QuadriFlow), with maps baked anew. Blender waits meanwhile",

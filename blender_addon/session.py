@@ -28,11 +28,12 @@ from pathlib import Path
 import bpy
 import bpy.utils.previews
 
-from . import capture, capture_motion, environment, export, import_asset, import_motion, preferences, properties
+from . import capture, capture_motion, environment, export, import_asset, import_motion, picture_input, preferences, properties, turntable
 from .backend_link import Link, Where, tail
 from .protocol import VERSION, connection, estimates, recipes
 from .protocol.client import FINAL
 from .protocol.errors import Cancelled, KilnError
+from .protocol.picture import SUFFIXES as PICTURES
 
 BUSY, IDLE = 0.1, 0.5  # seconds between two looks at the queues
 SPLATS_OF_A_FRAME = re.compile(r"splats_n?\d+(\.\d+)?\.ply")
@@ -58,6 +59,9 @@ class Job:
     views: Path | None = None  # the folder of those files, kept until they have arrived
     quads: int = 0  # faces to remesh the imported mesh to; 0 leaves its triangles
     motion: import_motion.How | None = None  # how its motion is to come in; None: as the scene's settings say
+    base: str = ""  # the job whose inputs serve for this one too, until they have arrived
+    without: tuple[str, ...] = ()  # but those whose names begin so
+    turntable: turntable.Turntable | None = None  # its views, to go through, once they have been asked for
     cached: bool = False  # a stage was found finished: the job's seconds are not those of the work
     log: list[str] = field(default_factory=list)  # the backend's last lines about it
 
@@ -93,6 +97,7 @@ class Session:
         self.environment = "missing"  # environment.state()
         self.pictures = bpy.utils.previews.new()
         self.turntables: dict[str, list[str]] = {}  # names of the pictures of results that move, by job
+        self.source_icon, self._source_shown = 0, ("", 0)  # of the picture that the panel would start from
         self.turning, self.turned_from, self.turned = "", 0.0, -math.inf  # the job that turns, since when, and when it was last drawn
         self._speeds: dict[str, float] = {}  # by recipe, until a job or the backend changes
         self._then: dict[int, Callable] = {}
@@ -160,15 +165,29 @@ class Session:
         if error:
             raise error
 
-    def submit(self, recipe, inputs: dict, source: dict, title: str, views: Path, picture: Path | None) -> Job:
-        """Sends a recipe's inputs off as a job. `views` holds their files and is removed after they have arrived."""
+    def submit(
+        self,
+        recipe,
+        inputs: dict,
+        source: dict,
+        title: str,
+        views: Path,
+        picture: Path | None,
+        base: str = "",
+        without: tuple[str, ...] = (),
+    ) -> Job:
+        """Sends a recipe's inputs off as a job. `views` holds their files and is removed after they have arrived. base: a job whose inputs
+        serve too, but those whose names begin with one of `without`."""
         shown = {
             "id": f"sending-{uuid.uuid4().hex}", "recipe": recipe.NAME, "parameters": recipes.values(recipe), "title": title,
             "source": source, "state": "queued", "stage": "", "fraction": 0.0, "text": "", "created": time.time(), "started": None,
             "finished": None,
             "attempts": 0, "error": None, "results": {}, "inputs": {},
         }  # fmt: skip
-        job = Job(shown, file=self.file, picture=picture, wants_import=preferences.get().auto_import, inputs=inputs, views=views)
+        job = Job(
+            shown, file=self.file, picture=picture, wants_import=preferences.get().auto_import, inputs=inputs, views=views,
+            base=base, without=without,
+        )  # fmt: skip
         self.jobs[shown["id"]] = job
         self._show_picture(job)
         self._send(job)
@@ -198,7 +217,7 @@ class Session:
 
         ticket = self.ask(
             "submit", sent, recipe=shown["recipe"], values=shown["parameters"], inputs=job.inputs, title=shown["title"],
-            source=shown["source"], id=shown["id"],
+            source=shown["source"], id=shown["id"], base=job.base, without=job.without,
         )  # fmt: skip
         self._uploads[ticket] = shown["id"]
         self._sync_rows(select=shown["id"])
@@ -223,6 +242,46 @@ class Session:
         self._uploads[ticket] = job.data["id"]
         return ticket
 
+    def fetch_views(self, job: Job) -> None:
+        """Downloads the turntable of a finished job, to be gone through in the panel."""
+        job.turntable = table = turntable.Turntable(self.folder / "turntables" / job.data["id"])
+
+        def fetched(result, error):
+            if error:
+                return self.note(error)
+            table.pictures = {int(path.stem[-3:]): path for path in sorted(table.folder.glob("view_*.png"))}
+            for number in table.pictures:
+                self.show_view(job, number)
+
+        self.ask("fetch", fetched, results=turntable.views_of(job.data), folder=table.folder)
+
+    def show_view(self, job: Job, number: int) -> None:
+        """Loads what is to be seen of a view now: the job's own, or what is to replace it."""
+        table, name = job.turntable, f"{job.data['id']}/view_{number}"
+        if name in self.pictures:
+            del self.pictures[name]
+        self.pictures.load(name, str(table.replaced.get(number, table.pictures[number])), "IMAGE").image_size[:]
+
+    def go_on(self, job: Job, only: bool) -> Job:
+        """Submits a job anew with what is wanted of its views: to be looked at again (`only`), or all the way. What was finished is found.
+        Raises KilnError."""
+        if job.turntable is None or not turntable.is_generated(job.data):
+            raise KilnError(
+                "no-views", f"{job.data['title']} has no generated views.", "Select a finished job that was made from a picture."
+            )
+        table = job.turntable
+        recipe, without = turntable.onward(job.data, table, only)
+        self.want_backend()
+        folder = Path(tempfile.mkdtemp(prefix="replaced-", dir=self.folder))
+        with disk_errors():
+            inputs = {file.name: Path(shutil.copyfile(file, folder / file.name)) for file in table.replaced.values()}
+        made = self.submit(recipe, inputs, job.data["source"], job.data["title"], folder, job.picture, job.data["id"], without)
+        made.quads = job.quads
+        for number in [*table.again, *table.replaced]:
+            table.keep(number)
+            self.show_view(job, number)
+        return made
+
     def remove(self, job: Job) -> None:
         """Takes a job out of the list, with what the backend keeps for it."""
 
@@ -239,7 +298,7 @@ class Session:
     def _forget(self, job: Job) -> None:
         self.jobs.pop(job.data["id"], None)
         self._drop_pictures(job.data["id"])
-        for folder in (job.results, job.views):
+        for folder in (job.results, job.views, job.turntable and job.turntable.folder):
             if folder:
                 shutil.rmtree(folder, ignore_errors=True)
         self._sync_rows()
@@ -268,6 +327,7 @@ class Session:
                 self.started_once = True  # who stops it afterwards means it
                 self._start()
             self._bring_in()
+            moved = self._show_source() or moved
         except Exception:  # a timer that raises is never called again
             traceback.print_exc()
             moved = True
@@ -278,6 +338,30 @@ class Session:
         if turning:
             return TURN
         return BUSY if active or moved or self.setting_up or self.backend["state"] in ("looking", "starting") else IDLE
+
+    def _show_source(self) -> bool:
+        """Loads the picture that the panel would start from, where that is another one than before. Not while drawing: it may be large."""
+        settings = bpy.context.scene.kiln
+        file, image = None, None
+        if recipes.RECIPES[settings.recipe].INPUT != "picture":
+            return False
+        if settings.picture_source == "FILE" and settings.picture_file:
+            file = Path(bpy.path.abspath(settings.picture_file))
+        elif settings.picture_source == "IMAGE":
+            image = settings.picture_image
+        wanted = (str(file or ""), image.session_uid if image else 0)
+        if wanted == self._source_shown:
+            return False
+        self._source_shown, self.source_icon = wanted, 0
+        if "source" in self.pictures:
+            del self.pictures["source"]
+        if image:
+            self.source_icon = image.preview_ensure().icon_id
+        elif file:
+            with suppress(OSError):
+                if file.suffix.lower() in PICTURES and file.stat().st_size < picture_input.MOST_SHOWN:
+                    self.source_icon = self.pictures.load("source", str(file), "IMAGE").icon_id
+        return True
 
     def drain(self) -> bool:
         """Takes in everything that the threads have told. True if there was anything."""
@@ -371,11 +455,17 @@ class Session:
                 bpy.ops.kiln.announce("INVOKE_DEFAULT", text=text, failed=job.state == "failed")
 
     def _bring_in(self) -> None:
-        """Fetches and imports what is wanted, as soon as nothing stands in the way."""
+        """Fetches and imports what is wanted, as soon as nothing stands in the way; of the chosen job, its views too."""
+        window = bpy.context.window_manager.kiln
+        chosen = self.jobs.get(window.jobs[window.active_job].name) if window.active_job < len(window.jobs) else None
+        if chosen and chosen.state == "done" and chosen.turntable is None and turntable.views_of(chosen.data):
+            self.fetch_views(chosen)
         for job in list(self.jobs.values()):
             if not job.wants_import or job.state != "done" or job.transfer is not None:
                 continue
-            if job.file is not None and job.file != self.file:
+            if "mesh.glb" not in job.data["results"]:
+                job.wants_import = False  # it stopped after its views
+            elif job.file is not None and job.file != self.file:
                 job.wants_import = False  # another file is open: the list offers it there
             elif job.results is None:
                 self.fetch(job)
@@ -582,7 +672,8 @@ class Session:
             self.pictures.load(name, str(job.picture), "IMAGE").image_size[:]
 
     def _drop_pictures(self, job: str) -> None:
-        for name in [job, *self.turntables.pop(job, ())]:
+        views = [name for name in self.pictures if name.startswith(f"{job}/view_")]
+        for name in [job, *self.turntables.pop(job, ()), *views]:
             if name in self.pictures:
                 del self.pictures[name]
 
@@ -664,10 +755,10 @@ class Session:
 
 
 class Shoot:
-    """From a subject to a submitted job: prepares what the recipe asks for, views or splats, step by step in a folder of its own, which is
-    gone afterwards in any case."""
+    """From a subject to a submitted job: prepares what the recipe asks for, views, splats or a picture, step by step in a folder of its
+    own, which is gone afterwards in any case."""
 
-    def __init__(self, subject: capture.Subject | export.Subject, recipe):
+    def __init__(self, subject: capture.Subject | export.Subject | picture_input.Subject, recipe):
         """Raises KilnError where there is no backend to send the inputs to, or nothing to make them of."""
         current.want_backend()
         if subject.kind == "splats":  # they go out as they stand in the scene, whatever is set for files
@@ -675,13 +766,15 @@ class Shoot:
         if recipe.INPUT == "motion":  # the job's parameters say which frames it is of
             recipe = recipes.make(recipe.NAME, capture_motion.resolved(recipes.values(recipe), capture._scene(subject)))
         self.title, self.recipe = subject.title, recipe
-        self.doing = {"views": "rendering", "motion": "rendering", "splats": "writing"}[recipe.INPUT]
+        self.doing = {"views": "rendering", "motion": "rendering", "splats": "writing", "picture": "reading"}[recipe.INPUT]
         self.folder = Path(tempfile.mkdtemp(prefix=f"{recipe.INPUT}-", dir=current.folder))
         try:
             if recipe.INPUT == "views":
                 self.capture = capture.Capture(subject, recipe.capture, self.folder, recipe.seed)
             elif recipe.INPUT == "motion":
                 self.capture = capture_motion.MovingCapture(subject, recipe.capture, self.folder, recipe.seed)
+            elif recipe.INPUT == "picture":
+                self.capture = picture_input.Gathering(subject, self.folder)
             else:
                 self.capture = export.Export(subject, self.folder)
         except BaseException:
@@ -700,10 +793,14 @@ class Shoot:
         with disk_errors():
             inputs, source = self.capture.finish()
             picture = None
-            if "transforms.json" in inputs:
-                picture = current.folder / "pictures" / f"{self.folder.name}.png"
+            if self.recipe.INPUT == "picture":
+                shown = self.capture.shown()
+            else:
+                shown = _from_the_front(inputs["transforms.json"]) if "transforms.json" in inputs else None
+            if shown:
+                picture = current.folder / "pictures" / f"{self.folder.name}{shown.suffix.lower()}"
                 picture.parent.mkdir(exist_ok=True)
-                shutil.copyfile(_from_the_front(inputs["transforms.json"]), picture)
+                shutil.copyfile(shown, picture)
         self.capture.close()
         current.capture = None
         return current.submit(self.recipe, inputs, source, self.title, self.folder, picture)
@@ -824,12 +921,24 @@ def remove_store(home: Path) -> None:
 
 
 def chosen_subject(
-    context, recipe: str | None = None, collection: str | None = None, file: str | None = None
-) -> capture.Subject | export.Subject:
+    context,
+    recipe: str | None = None,
+    collection: str | None = None,
+    file: str | None = None,
+    image: str | None = None,
+    views: str | None = None,
+    prompt: str | None = None,
+) -> capture.Subject | export.Subject | picture_input.Subject:
     """What the panel's source box says: the selection or the chosen collection; for a recipe that takes splats the active object or the
-    chosen file. `collection` and `file` name others."""
+    chosen file; for one that takes a picture that, a folder of views or words. `collection`, `file`, `image`, `views` and `prompt` name
+    others."""
     settings = context.scene.kiln
-    if recipes.recipe_named(recipe or settings.recipe).INPUT == "splats":
+    kind = recipes.recipe_named(recipe or settings.recipe).INPUT
+    if kind == "picture":
+        if prompt is None:
+            prompt = getattr(getattr(settings, recipe or settings.recipe), "generate_prompt", "")
+        return _chosen_picture(context, settings, file, image, views, prompt)
+    if kind == "splats":
         if file is None and settings.splats_source == "FILE":
             file = settings.splats_file
         return export.subject(context, file=file)
@@ -843,6 +952,22 @@ def chosen_subject(
             raise KilnError("nothing-selected", "No collection is chosen.", "Choose one, or use the selection.")
         return capture.subject(context, collection=settings.collection)
     return capture.subject(context)
+
+
+def _chosen_picture(context, settings, file: str | None, image: str | None, views: str | None, prompt: str) -> picture_input.Subject:
+    if file is None and image is None and views is None:
+        source = settings.picture_source
+        if source == "IMAGE" and settings.picture_image is None:
+            raise KilnError("nothing-selected", "No image is chosen.", "Choose one, open one, or take a file.")
+        if source == "VIEWS" and not settings.picture_views:
+            raise KilnError("nothing-selected", "No folder of views is chosen.", "Choose one, or take a picture.")
+        if source == "IMAGE":
+            return picture_input.subject(context, prompt, image=settings.picture_image)
+        file, views = settings.picture_file if source == "FILE" else "", settings.picture_views if source == "VIEWS" else ""
+    found = bpy.data.images.get(image) if image else None
+    if image and found is None:
+        raise KilnError("nothing-selected", f"There is no image {image!r}.", "Check its name in the Image Editor.")
+    return picture_input.subject(context, prompt, file, found, views or "")
 
 
 @contextmanager
@@ -918,6 +1043,32 @@ def redraw() -> None:
                 for region in area.regions:
                     if region.type in ("UI", "WINDOW") if area.type == "PREFERENCES" else region.type == "UI":
                         region.tag_redraw()
+
+
+def show_tab(area: bpy.types.Area | None) -> None:
+    """Opens a viewport's sidebar on the Kiln tab. A sidebar has its tabs once it was drawn, so that may take a moment."""
+    if area is None or area.type != "VIEW_3D":
+        return
+    area.spaces.active.show_region_ui = True
+    wanted, until = area.as_pointer(), time.monotonic() + 1.0  # a pointer to compare: the area may be gone by then
+
+    def turn():
+        for region in (
+            region
+            for window in bpy.context.window_manager.windows
+            for area in window.screen.areas
+            if area.as_pointer() == wanted
+            for region in area.regions
+            if region.type == "UI"
+        ):
+            try:
+                region.active_panel_category = "Kiln"
+            except (TypeError, AttributeError):
+                return 0.05 if time.monotonic() < until else None
+        return None
+
+    if not bpy.app.background:
+        bpy.app.timers.register(turn, first_interval=0.0)
 
 
 @contextmanager

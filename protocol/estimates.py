@@ -21,7 +21,26 @@ class Estimate(NamedTuple):
 
 
 SPLATS = 200_000  # of an input whose number is not known yet
+LOOKS = 48  # pictures of splats, to make a mesh of what was generated
 SERIAL = 0.25  # share of the work that more cores do not speed up
+
+
+class Model(NamedTuple):
+    """What generates views."""
+
+    side: int  # pixels of a view
+    seconds: float  # of an evaluation on two quiet cores
+    gpu_seconds: float  # of one on a GPU that holds it
+    bytes: float  # that it takes of main memory where there is no GPU
+
+
+MODELS = {
+    "kiln-tiny-turntable": Model(64, 0.4, 0.02, 1.2e9),
+    "zero123plus": Model(320, 20, 0.15, 8e9),
+    "mv-adapter-sdxl": Model(768, 150, 0.8, 15e9),
+    "sv3d-p": Model(576, 200, 1.0, 10e9),
+    "wan2.1-orbit": Model(480, 12_000, 8.0, 45e9),
+}
 
 # What costs grow with. `count`, `size`: pictures to look at and their width, captured or taken of splats.
 QUANTITIES: dict[str, Callable[[Values], float]] = {
@@ -35,6 +54,12 @@ QUANTITIES: dict[str, Callable[[Values], float]] = {
     "frames x nodes": lambda v: v["frames"] * v["fit.nodes"],
     "frames x kilofaces": lambda v: v["frames"] * v["surface.faces"] / 1e3,
     "megapixels": lambda v: v["count"] * v["size"] ** 2 / 1e6,  # of all views
+    "generated megapixels": lambda v: v["generate.views"] * MODELS[v["generate.model"]].side ** 2 / 1e6,
+    "seconds of the model": lambda v: evaluations(v) * MODELS[v["generate.model"]].seconds,
+    "seconds of the model on a GPU": lambda v: evaluations(v) * MODELS[v["generate.model"]].gpu_seconds,
+    "bytes of the model": lambda v: MODELS[v["generate.model"]].bytes,
+    "iterations x generated megapixels": lambda v: v["fit.iterations"] * MODELS[v["generate.model"]].side ** 2 / 1e6,
+    "moves of the surface": lambda v: v["refine.on"] * v["refine.iterations"] * v["refine.grid"] ** 2 / 1e6,
     "rendered megapixels": lambda v: v["count"] * v["size"] ** 2 / 1e6 * v.get("capture.samples", 0) / 16,
     "iterations": lambda v: v["fit.iterations"],
     "iterations x megapixels": lambda v: v["fit.iterations"] * v["size"] ** 2 / 1e6,  # of one view: each step draws one
@@ -70,6 +95,28 @@ SECONDS: dict[str, dict[str, float]] = {
         "job": 3.0,  # torch and the kernels come up
         "iterations": 4.0e-3,
         "iterations x megapixels": 2.0e-3,
+    },
+    "generate": {
+        "job": 12.0,  # libraries and weights come up
+        "seconds of the model": 1.0,
+    },
+    "generate on a GPU": {
+        "job": 20.0,
+        "seconds of the model on a GPU": 1.0,
+    },
+    "fit to pictures": {
+        "iterations": 20e-3,  # features of small pictures
+        "iterations x generated megapixels": 2.0,
+        "iterations x kilosplats": 0.3e-3,
+    },
+    "fit to pictures on a GPU": {
+        "job": 3.0,
+        "iterations": 15e-3,
+        "iterations x generated megapixels": 20e-3,
+    },
+    "move": {
+        "job": 0.1,
+        "moves of the surface": 50.0,
     },
     "follow": {
         "megapixels": 0.5,  # the surfaces that the nodes are drawn to
@@ -125,6 +172,14 @@ BYTES: dict[str, dict[str, float]] = {
         "kilosplats": 0.1e6,  # parameters, gradients, moments
         "megapixels": 58e6,  # what is precomputed of each view
     },
+    "generate": {
+        "bytes of the model": 1.0,
+        "kilosplats": 0.1e6,  # their renders go back to it
+    },
+    "fit to pictures": {
+        "kilosplats": 0.1e6,
+        "generated megapixels": 250e6,  # features of each view
+    },
     "look": {
         "kilosplats": 0.3e6,
         "megapixels": 5e6,
@@ -166,16 +221,17 @@ BYTES: dict[str, dict[str, float]] = {
 STAGES = {"reconstruct": ("capture", "read", "fit", "extract", "bake", "measure", "import"),
           "animate": ("capture", "read", "follow", "fit in time", "extract a frame", "bake in time", "armature", "measure in time",
                       "import"),
-          "mesh_splats": ("export", "read", "look", "extract", "bake", "measure", "import")}  # fmt: skip
+          "mesh_splats": ("export", "read", "look", "extract", "bake", "measure", "import"),
+          "im3d": ("read", "generate", "fit to pictures", "look", "extract", "move", "bake", "measure", "import")}  # fmt: skip
 IN_BLENDER = ("capture", "export", "import")
 
 
 def stage_seconds(recipe: str, values: Values, gpu: bool = False, splats: int | None = None) -> dict[str, float]:
     """Seconds of each stage on two quiet cores. splats: how many the input has, for recipes that start from them."""
     quantities = known(recipe, values, splats)
-    fit = "fit on a GPU" if gpu and values.get("fit.device") != "cpu" else "fit"
+    where = " on a GPU" if gpu and values.get("fit.device") != "cpu" else ""
     named = {stage: stage if stage in SECONDS else stage.removesuffix(" in time") for stage in STAGES[recipe]}
-    return {stage: _sum(SECONDS[fit if name == "fit" else name], quantities) for stage, name in named.items()}
+    return {stage: _sum(SECONDS.get(name + where, SECONDS[name]), quantities) for stage, name in named.items()}
 
 
 def backend_seconds(recipe: str, values: Values, gpu: bool = False, splats: int | None = None) -> float:
@@ -209,8 +265,16 @@ def speed_of(device: dict[str, Any]) -> float:
     return 1 / (SERIAL + (1 - SERIAL) * 2 / cores)
 
 
+def evaluations(values: Values) -> float:
+    """Of the model that generates views, over the whole job; those with guidance are pairs."""
+    return 2 * (values["generate.steps"] + values["iterate.rounds"] * values["iterate.steps"])
+
+
 def known(recipe: str, values: Values, splats: int | None) -> Values:
     """The parameters, with the numbers that recipes name differently under one name."""
+    if recipes.recipe_named(recipe).INPUT == "picture":
+        side = min(1024, max(256, 2 * MODELS[values["generate.model"]].side))
+        return {**values, "count": LOOKS, "size": side, "splats": values["fit.splats"]}
     if recipes.recipe_named(recipe).INPUT == "splats":
         return {**values, "count": values["look.count"], "size": values["look.size"], "splats": splats or SPLATS}
     views = values["capture.views"] + values["capture.holdout"]

@@ -37,14 +37,20 @@ def check(path: Path) -> Path:
         raise KilnError(
             "bad-input", f"{path} is a folder, not a picture.", "Choose one picture; a turntable's folder is given as its views."
         )
+    named(path)
+    if not path.is_file():
+        raise KilnError("bad-input", f"There is no file {path}.", "Choose another picture.")
+    return path
+
+
+def named(path: Path) -> Path:
+    """As `check`, by the name alone: nothing asks the disk."""
     suffix = path.suffix.lower()
     if suffix in MOVIES:
         hint = "Choose one picture of the subject. Of a video of a turntable, save the frames as pictures and give their folder as views."
         raise KilnError("bad-input", f"{path.name} is a video, not a picture.", hint)
     if suffix not in SUFFIXES:
         raise KilnError("bad-input", f"{path.name} is no picture of a kind that Kiln reads: {_READS}.", "Save it as PNG, with its alpha.")
-    if not path.is_file():
-        raise KilnError("bad-input", f"There is no file {path}.", "Choose another picture.")
     return path
 
 

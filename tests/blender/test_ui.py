@@ -26,7 +26,7 @@ def test_every_recipe_parameter_is_a_control_with_its_default_range_and_sentence
         if parameter.options:
             assert [item.identifier for item in control.enum_items] == [value for value, _ in parameter.options]
             assert control.default == parameter.default
-        elif parameter.type is bool:
+        elif parameter.type in (bool, str):
             assert control.default == parameter.default
         else:
             assert (control.hard_min, control.hard_max) == (pytest.approx(parameter.low), pytest.approx(parameter.high))
