@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
+from backend.diffusion.loading import loaded
 from backend.progress import Progress, silent
 from backend.views.orbit import Orbit
 from protocol import recipes
@@ -104,13 +105,13 @@ def generate(
     picture: Float[np.ndarray, "h h 4"], p: recipes.Generate, seed: int, elevation: float = 10.0, progress: Progress = silent
 ) -> Turn:
     """`p.views` views, or as many as the model makes. elevation: of the picture's camera, degrees; only some calibrated models use it."""
-    model = _load(p, progress)
-    orbit = model.orbit
-    if orbit is not None and model.any_elevation:
-        orbit = dataclasses.replace(orbit, elevation=elevation)
-    before = model.evaluations
-    film = model.generate(picture, p.prompt, orbit, p.steps, p.guidance or model.guidance, seed, progress)
-    return _turn(model, film, orbit, p.views, model.evaluations - before)
+    with loaded(p.model, progress) as model:
+        orbit = model.orbit
+        if orbit is not None and model.any_elevation:
+            orbit = dataclasses.replace(orbit, elevation=elevation)
+        before = model.evaluations
+        film = model.generate(picture, p.prompt, orbit, p.steps, p.guidance or model.guidance, seed, progress)
+        return _turn(model, film, orbit, p.views, model.evaluations - before)
 
 
 def refine(
@@ -125,11 +126,11 @@ def refine(
 ) -> Turn:
     """The turn that the model makes of `renders`, which are seen from `turn.path(orbit).cameras(size)` on white: noised to `strength`,
     denoised in `steps` (IM-3D, section 3.4). Cameras and choice of views stay."""
-    model = _load(p, progress)
-    before = model.evaluations
-    orbit = turn.shown if turn.calibrated else None
-    film = model.refine(renders, picture, p.prompt, orbit, steps, strength, p.guidance or model.guidance, seed, None, progress)
-    return _with(turn, film, film[turn.chosen], model.evaluations - before)
+    with loaded(p.model, progress) as model:
+        before = model.evaluations
+        orbit = turn.shown if turn.calibrated else None
+        film = model.refine(renders, picture, p.prompt, orbit, steps, strength, p.guidance or model.guidance, seed, None, progress)
+        return _with(turn, film, film[turn.chosen], model.evaluations - before)
 
 
 def reroll(
@@ -147,8 +148,6 @@ def reroll(
         raise KilnError("bad-parameter", f"There is no view {view}.", f"Views are numbered from 0 to {len(turn.frames) - 1}.")
     if abs(_signed(turn.orbit.azimuths[view : view + 1])[0]) < 1e-6:
         raise KilnError("bad-parameter", f"View {view} is the input picture itself.", "Re-roll another view, or give another picture.")
-    model = _load(p, progress)
-    before = model.evaluations
     known = turn.film.astype(np.float32) / 255
     known[turn.chosen] = turn.frames
     at = turn.chosen[view]
@@ -156,10 +155,12 @@ def reroll(
     keep[at] = False
     orbit = turn.shown if turn.calibrated else None
     draws = int(np.random.SeedSequence((seed, view, draw)).generate_state(1)[0])
-    film = model.refine(known, picture, p.prompt, orbit, p.steps, 1.0, p.guidance or model.guidance, draws, keep, progress)
-    frames = turn.frames.copy()
-    frames[view] = film[at]
-    return _with(turn, film, frames, model.evaluations - before)
+    with loaded(p.model, progress) as model:
+        before = model.evaluations
+        film = model.refine(known, picture, p.prompt, orbit, p.steps, 1.0, p.guidance or model.guidance, draws, keep, progress)
+        frames = turn.frames.copy()
+        frames[view] = film[at]
+        return _with(turn, film, frames, model.evaluations - before)
 
 
 def choose(azimuths: Float[np.ndarray, "n"], views: int) -> Int[np.ndarray, "k"]:
@@ -173,12 +174,6 @@ def choose(azimuths: Float[np.ndarray, "n"], views: int) -> Int[np.ndarray, "k"]
         free.remove(nearest)
         chosen.append(nearest)
     return np.array(chosen, np.int64)
-
-
-def _load(p: recipes.Generate, progress: Progress) -> Turntable:
-    from .loading import load  # it knows every generator, and they know this file
-
-    return load(p.model, progress)
 
 
 def _turn(model: Turntable, film: Float[np.ndarray, "n s s 3"], orbit: Orbit | None, views: int, evaluations: int) -> Turn:
