@@ -44,6 +44,16 @@ class _Pull:
         return {"state": self.state, "fraction": self.fraction, "text": self.text, "error": self.error}
 
 
+def _plan(one: Entry, device: dict[str, Any]) -> dict[str, Any] | None:
+    """The memory plan in words; None while nobody knows the device."""
+    if device.get("kind", "unknown") == "unknown" or not device.get("free_memory"):
+        return None
+    try:
+        return {"fits": True, "sentence": weights.memory_plan(one.id, device["free_memory"], device["kind"]).sentence}
+    except KilnError as refused:
+        return {"fits": False, "sentence": f"{refused.message} {refused.hint}"}
+
+
 class Pulls:
     """Called from any thread."""
 
@@ -52,14 +62,16 @@ class Pulls:
         self._turn = threading.Lock()  # one download at a time: more would share the same line
         self._pulls: dict[str, _Pull] = {}
 
-    def list(self, id: str = "") -> dict[str, Any]:
-        """One entry, or all, as `weights.describe` tells, each with its download in `pull`; and what a download would meet."""
+    def list(self, id: str = "", device: dict[str, Any] | None = None) -> dict[str, Any]:
+        """One entry, or all, as `weights.describe` tells, each with its download in `pull`, and with what the memory of `device` (as the
+        worker describes it) makes of it in `plan`; and what a download would meet."""
         found = [weights.entry(id)] if id else list(weights.entries().values())
         refused = fetch.offline()
         root = weights.root()
         there = next(path for path in (root, *root.parents) if path.exists())
         return {
-            "entries": [self.describe(one) for one in found], "folder": str(root), "free": shutil.disk_usage(there).free,
+            "entries": [{**self.describe(one), "plan": _plan(one, device or {})} for one in found],
+            "folder": str(root), "free": shutil.disk_usage(there).free,
             "offline": refused.to_wire() if refused is not None else None,
         }  # fmt: skip
 

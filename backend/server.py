@@ -773,7 +773,7 @@ class Server:
 
     def _weights(self, session: _Session, to: str, header: dict[str, Any], blob: zmq.Frame | None) -> None:
         entry = take(header, "entry", str, "")
-        self._answer_from(self._pool, session, to, lambda: self.pulls.list(entry))
+        self._answer_from(self._pool, session, to, lambda: self.pulls.list(entry, self.jobs.device()))
 
     def _change_weights(self, session: _Session, to: str, header: dict[str, Any], blob: zmq.Frame | None) -> None:
         entry, kind = take(header, "entry", str), header["type"]

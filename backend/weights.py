@@ -336,7 +336,8 @@ def describe(one: Entry) -> dict[str, Any]:
     return {
         "id": one.id, "title": one.title, "purpose": one.purpose, "class": one.loader, "state": kind, "problem": wrong,
         "bytes": one.bytes or sum(file["bytes"] for file in lock.get("files", [])), "here": here, "memory": dict(one.memory),
-        "licence": asdict(one.licence), "accepted": accepted(one), "needs": list(one.needs), "gated": one.gated, "bundled": one.bundled,
+        "licence": asdict(one.licence), "accepted": accepted(one), "needs": list(one.needs), "also": list(one.also),
+        "gated": one.gated, "bundled": one.bundled,
         "pinned": one.pinned or one.bundled, "source": one.source, "revision": one.revision or lock.get("revision", ""),
         "checked": lock.get("checked", ""),
     }  # fmt: skip

@@ -1,8 +1,8 @@
 """Kiln in Blender: renders a selected object, has the backend make an asset of it, and brings that back. Scripts enter by `api.py`."""
 
-from . import api, operators, panel, preferences, properties, session
+from . import api, models, operators, panel, preferences, properties, session
 
-PARTS = (properties, preferences, session, operators, panel)
+PARTS = (properties, preferences, session, operators, panel, models)
 
 __all__ = ["api", "register", "unregister"]
 
