@@ -1,0 +1,1 @@
+"""Networks that compare or judge pictures; those that make them are in `diffusion`."""
