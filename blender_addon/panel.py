@@ -5,7 +5,7 @@ import time
 import blf
 import bpy
 
-from . import capture_motion, preferences, properties, rebake, session, splat_nodes, turntable
+from . import capture_motion, models, preferences, properties, rebake, session, splat_nodes, turntable
 from .protocol import estimates, recipes
 from .protocol.client import FINAL
 from .protocol.errors import KilnError
@@ -21,6 +21,11 @@ LOOK = {  # backend state: icon, words
 }
 STATES = {"queued": "Waiting", "cancelling": "Cancelling", "failed": "Failed", "cancelled": "Cancelled"}
 AT_THE_SOURCE = ("generate.model", "generate.prompt", "generate.only")  # parameters that are drawn there
+WORDS_TO_PICTURE = "flux2-klein-4b"
+HELPERS = {  # model: what is lost without it
+    "isnet-general-use": "Without a matting network, a subject on a plain background is cut out by the border's colour.",
+    "vgg16-lpips": "Without VGG16, views are compared by their gradients: surfaces come out less sharp.",
+}
 SETTING_UP = {"create": "Setting up the backend", "repair": "Repairing the backend", "remove": "Removing the backend"}
 
 
@@ -259,14 +264,42 @@ def draw_picture(box, context, settings, group) -> None:
     icon = session.current.source_icon
     if icon and source != "PROMPT":
         box.template_icon(icon_value=icon, scale=6.0)
-    box.prop(group, "generate_prompt", text="", placeholder="What it is, in words" if source == "PROMPT" else "In words, if you like")
+    box.prop(group, "generate_prompt", text="", placeholder="What it is, in words" if source == "PROMPT" else "What it shows, if you like")
     column = box.column(align=True)
     column.prop(group, "generate_model", text="")
-    meaning = next(
-        (item.description for item in group.bl_rna.properties["generate_model"].enum_items if item.identifier == group.generate_model), ""
-    )
-    draw_text(column, context, meaning, "INFO")
+    choices = group.bl_rna.properties["generate_model"].enum_items
+    draw_text(column, context, choices[group.generate_model].description, "INFO")
+    models.draw_model(column, context, wanted_models(settings, group))
+    draw_helpers(box, context, group)
     box.prop(group, "generate_only", text="Look at the Views First")
+
+
+def wanted_models(settings, group) -> tuple[str, ...]:
+    """What the job cannot do without."""
+    words_alone = settings.picture_source == "PROMPT" or settings.picture_source == "FILE" and not settings.picture_file
+    return (group.generate_model, *((WORDS_TO_PICTURE,) if words_alone else ()))
+
+
+def missing_models(settings, recipe) -> list[str]:
+    """Titles of models that a job of these settings needs and the backend, as far as it has told, has not got."""
+    if recipe.INPUT != "picture" or settings.picture_source == "VIEWS":
+        return []
+    wanted = wanted_models(settings, getattr(settings, recipe.NAME))
+    return list(dict.fromkeys(one["title"] for id in wanted for one in models.known.absent(id)))
+
+
+def draw_helpers(box, context, group) -> None:
+    """Models that make results better, and what stands in for those that are not there."""
+    lacking = {id: words for id, words in HELPERS.items() if models.known.absent(id)}
+    if group.generate_matte == "border":
+        lacking.pop("isnet-general-use", None)
+    if not lacking:
+        return
+    header, body = box.panel("kiln_helpers", default_closed=True)
+    header.label(text=f"Better With ({len(lacking)})")
+    for id, words in lacking.items() if body else ():
+        draw_text(body, context, words, "INFO")
+        models.draw_model(body, context, (id,))
 
 
 def draw_views(box, context, job) -> None:
@@ -404,7 +437,10 @@ class KILN_PT_generate(KilnPanel, bpy.types.Panel):
         else:
             column = layout.column()
             column.scale_y = 1.8
-            column.enabled = subject is not None
+            missing = missing_models(settings, recipe)
+            column.enabled = subject is not None and not missing
+            if missing:
+                draw_text(layout, context, f"First download {' and '.join(missing)}, above, or choose another model.", "ERROR")
             column.operator("kiln.generate", text="Generate", icon="SHADERFX")
 
     @staticmethod

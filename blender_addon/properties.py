@@ -26,13 +26,18 @@ def blender_property(parameter: recipes.Parameter, **more):
     if parameter.type is bool:
         return BoolProperty(**about)
     if parameter.options:
-        return EnumProperty(items=[(value, value.replace("_", " ").capitalize(), text) for value, text in parameter.options], **about)
+        return EnumProperty(items=[(value, _spoken(value, text), text) for value, text in parameter.options], **about)
     if parameter.type is str:  # not cut off at its longest, which Blender counts in bytes: the recipe's check says so
         return StringProperty(**about)
     subtype = {"subtype": "PIXEL"} if parameter.unit == "px" else {}
     if parameter.type is int:
         return IntProperty(min=int(parameter.low), max=int(parameter.high), **subtype, **about)
     return FloatProperty(min=parameter.low, max=parameter.high, precision=4 if parameter.default < 0.01 else 2, step=5, **about)
+
+
+def _spoken(value: str, meaning: str) -> str:
+    """A choice's name: what it means, shortly, where its own name is that of a file or model."""
+    return meaning.partition(":")[0] if "-" in value else value.replace("_", " ").capitalize()
 
 
 def preset_items(recipe: type) -> list[tuple[str, str, str]]:
