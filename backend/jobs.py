@@ -206,6 +206,11 @@ class Jobs:
         with self._lock:
             return all(job["state"] in _ENDED for job in self._jobs.values())
 
+    def release(self) -> None:
+        """Workers give back what memory networks hold between jobs; one that runs a job, after it."""
+        for slot in self._slots:
+            slot.send({"command": "release"})
+
     def device(self) -> dict[str, Any]:
         """What the worker computes on, as it reported last (`worker.device`); `kind` is unknown until it has."""
         return dict(self._device)

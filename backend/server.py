@@ -771,6 +771,10 @@ class Server:
 
         self._later(self._pool, gather, join)
 
+    def _release(self, session: _Session, to: str, header: dict[str, Any], blob: zmq.Frame | None) -> None:
+        self.jobs.release()
+        self._reply(session, to)
+
     def _weights(self, session: _Session, to: str, header: dict[str, Any], blob: zmq.Frame | None) -> None:
         entry = take(header, "entry", str, "")
         self._answer_from(self._pool, session, to, lambda: self.pulls.list(entry, self.jobs.device()))
@@ -920,7 +924,7 @@ class Server:
         "ping": _ping, "status": _status, "submit": _submit, "jobs": _list, "job": _job, "cancel": _job, "retry": _job, "remove": _remove,
         "events": _events, "subscribe": _subscribe, "missing": _missing, "upload": _upload, "finish": _finish, "download": _download,
         "weights": _weights, "weights.pull": _change_weights, "weights.cancel": _change_weights, "weights.remove": _change_weights,
-        "shutdown": _shutdown,
+        "release": _release, "shutdown": _shutdown,
     }  # fmt: skip
     _UNANSWERED = {"chunk": _take_chunk, "credit": _credit, "stop": _stop_download}
 

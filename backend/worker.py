@@ -1,7 +1,8 @@
 """`python -m backend.worker`: the process that computes. It takes commands from jobs.py on its standard input and reports on its standard
 output, as frames of a 4-byte length (big-endian) and a msgpack map; what libraries print goes to its standard error, a log file.
 
-In: `run` (job, recipe, parameters, inputs: name -> [path, hash], folder, stages, stages_bytes), `cancel` (job), `quit`. Out: `ready`,
+In: `run` (job, recipe, parameters, inputs: name -> [path, hash], folder, stages, stages_bytes), `cancel` (job), `release` (give back what
+memory networks hold between jobs; after the job that runs), `quit`. Out: `ready`,
 `device` once it is warm, `alive` every 2 s, and for a job: `stage`, `progress`, `preview` (PNG), `log`, then one of `done` (results:
 names), `failed` (error), `cancelled`. The process ends by itself when its standard input closes: it never outlives the server.
 """
@@ -40,6 +41,7 @@ PREVIEW_SECONDS = 0.5
 PREVIEW_SIZE = 512  # pixels, the longer side at most
 LOG_LINES = 500  # of one job
 LARGEST_FRAME = 64 << 20
+IDLE_SECONDS = float(os.environ.get("KILN_IDLE_SECONDS", "300"))  # that networks stay in memory for a next job
 
 
 def write_frame(stream: IO[bytes], message: dict[str, Any]) -> None:
@@ -79,7 +81,7 @@ def main() -> None:
 
     def listen() -> None:
         while command := read_frame(commands):
-            if command["command"] == "run":
+            if command["command"] in ("run", "release"):
                 todo.put(command)
             elif command["command"] == "cancel":
                 cancelled.add(command["job"])
@@ -103,7 +105,14 @@ def main() -> None:
         if not warm and todo.empty():  # a job that waits already loads what it needs, and no more
             warm = True
             send({"kind": "device", "device": warm_up(todo.empty)})
-        run_job(todo.get(), send, cancelled)
+        try:
+            command = todo.get(timeout=IDLE_SECONDS if _holds_networks() else None)
+        except queue.Empty:
+            command = {"command": "release"}
+        if command["command"] == "release":
+            _release_networks()
+        else:
+            run_job(command, send, cancelled)
         _free_memory()
 
 
@@ -332,6 +341,17 @@ def _png(picture: Any) -> bytes:
     packed = io.BytesIO()
     image.save(packed, "PNG", compress_level=1)
     return packed.getvalue()
+
+
+def _holds_networks() -> bool:
+    loading = sys.modules.get("backend.diffusion.loading")  # no job needed it yet: nothing is loaded
+    return loading is not None and loading.is_warm()
+
+
+def _release_networks() -> None:
+    if _holds_networks():
+        sys.modules["backend.diffusion.loading"].release()
+        print("The networks' memory was given back.")
 
 
 def _free_memory() -> None:

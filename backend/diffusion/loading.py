@@ -12,6 +12,8 @@ import gc
 import importlib
 import json
 import os
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,14 +67,17 @@ def load(model: str, progress: Progress = silent) -> Any:
     return _warm
 
 
+def is_warm() -> bool:
+    return _warm is not None
+
+
 def release() -> None:
     """Gives all memory of the loaded generator back."""
     global _warm
     _warm = None
     gc.collect()
-    import torch
-
-    if torch.cuda.is_initialized():
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
@@ -90,9 +95,10 @@ def loaded(model: str, progress: Progress = silent) -> Iterator[Any]:
         if not ran_out(reason) and not (begun and isinstance(reason, KilnError) and reason.code == "out-of-memory"):
             raise
         error = _out_of_memory(model, reason)
-    if error is not None:  # outside of `except`: the traceback would hold the tensors
+        traceback.clear_frames(reason.__traceback__)  # they hold tensors
+    if error is not None:
         release()
-        raise error
+        raise error from None
 
 
 def ran_out(reason: BaseException) -> bool:
