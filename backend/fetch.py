@@ -122,15 +122,19 @@ def pull(id: str, accept: bool = False, online: bool = True, source: Path | None
     take the files from, instead of the network. progress(fraction, text) may raise `Cancelled`; what came is kept then.
     Raises `KilnError`: no-model, licence-needed, offline, busy, no-space, no-source, gated, bad-hash, bad-weights, bad-input, disk.
     """
-    wanted = permit(id, accept, online, source)
-    with contextlib.ExitStack() as held:
-        for one in wanted:
-            held.enter_context(_held(one))
-        wanted = [one for one in wanted if weights.state(one.id) != "installed"]  # by another process, just now
-        if source is not None:
-            _take(wanted, Path(source), progress)
-        elif wanted:
-            _download(wanted, progress)
+    try:
+        wanted = permit(id, accept, online, source)
+        with contextlib.ExitStack() as held:
+            for one in wanted:
+                held.enter_context(_held(one))
+            wanted = [one for one in wanted if weights.state(one.id) != "installed"]  # by another process, just now
+            if source is not None:
+                _take(wanted, Path(source), progress)
+            elif wanted:
+                _download(wanted, progress)
+    except OSError as error:
+        what = f"{error.filename or weights.root()}: {error.strerror or error}"
+        raise KilnError("disk", f"The weights cannot be written: {what}.", "Check the folder, or set KILN_WEIGHTS to another.") from error
     return weights.folder(id)
 
 
@@ -703,12 +707,14 @@ def refuse_code(path: Path, name: str | None = None) -> None:
             length = int.from_bytes(head[:8], "little")
             if size < 10 or length > size - 8 or head[8:9] != b"{":
                 raise _refused(name, "is no safetensors file")
-    if name.endswith(".json") and size <= READABLE:
+    if name.endswith(".json"):
+        if size > READABLE:
+            raise _refused(name, "is too long for a configuration")
         try:
             found = json.loads(path.read_bytes())
-        except ValueError:
+            leads = _leads_to_code(found)
+        except (ValueError, RecursionError):
             raise _refused(name, "is no JSON") from None
-        leads = _leads_to_code(found)
         if leads:
             raise _refused(name, f"names code of its own ({leads})")
         if PurePosixPath(name).name == "model_index.json":

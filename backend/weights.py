@@ -291,7 +291,8 @@ def memory_plan(id: str, free_bytes: int, device: str) -> Plan:
             precision = next(name for name in ways if name != "offload") if way == "offload" else way
             return Plan(precision, way == "offload", need, slower, sentence)
     way, need = min(ways.items(), key=lambda item: item[1])
-    hint = f"With {_gigabytes(need)} free it would run as {way}. Close what else uses the device, or choose a smaller model."
+    how = "by offload" if way == "offload" else f"as {way}"
+    hint = f"With {_gigabytes(need)} free it would run {how}. Close what else uses the device, or choose a smaller model."
     raise KilnError("out-of-memory", f"{one.title} {whole}.", hint)
 
 

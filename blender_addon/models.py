@@ -112,6 +112,7 @@ class Models:
             self.seen = time.monotonic()
             session.redraw()
 
+        session.current.want_backend()
         session.current.carry_out(order, then, id=id, **values)
 
 
@@ -139,7 +140,8 @@ class ModelOperator:
     model: StringProperty(name="Model", description="The model's id, as `kiln weights` lists it", options={"SKIP_SAVE"})
 
     def chosen(self) -> dict:
-        if bpy.app.background and known.find(self.model) is None:
+        if bpy.app.background:
+            session.current.want_backend()
             known.refresh()
         one = known.find(self.model)
         if one is None:
@@ -194,7 +196,7 @@ class KILN_OT_get_model(ConsentOperator, bpy.types.Operator):
             return _refuse(self, error)
         if not self.unread():
             return self.execute(context)
-        return context.window_manager.invoke_props_dialog(self, width=460)
+        return context.window_manager.invoke_props_dialog(self, width=460, confirm_text="Download")
 
     def act(self, context, one):
         allowed()
@@ -269,15 +271,18 @@ def draw_terms(layout, id: str) -> None:
     absent = known.absent(id)
     for one in absent:
         box = layout.box()
-        box.label(text=one["title"], icon="IMPORT")
-        _lines(box, one["purpose"])
-        for name, text in terms(one):
-            row = box.split(factor=0.24)
-            row.label(text=name)
-            _lines(row.column(), text, LETTERS * 3 // 4)
-        box.operator("wm.url_open", text="Read the Licence", icon="URL").url = one["licence"]["url"]
+        row = box.row()
+        row.label(text=one["title"], icon="IMPORT")
+        row.operator("wm.url_open", text="Licence", icon="URL").url = one["licence"]["url"]
         if one["gated"]:
-            box.operator("wm.url_open", text="Ask for Access", icon="URL").url = f"https://huggingface.co/{one['source']}"
+            row.operator("wm.url_open", text="Ask for Access", icon="URL").url = f"https://huggingface.co/{one['source']}"
+        _lines(box, one["purpose"])
+        column = box.column(align=True)
+        for name, text in terms(one):
+            if one is absent[-1] or name not in ("Memory", "Here"):  # what a model needs counts in its own memory
+                row = column.split(factor=0.24)
+                _lines(row, name)
+                _lines(row, text, LETTERS * 3 // 4)
     total = sum(one["bytes"] - one["here"] for one in absent if one["bytes"])
     layout.label(
         text=f"In all {panel.size_text(total)} to come; {panel.size_text(known.free)} free on the backend's disk", icon="DISK_DRIVE"
@@ -294,11 +299,11 @@ def terms(one: dict) -> list[tuple[str, str]]:
         ("Size", panel.size_text(one["bytes"]) if one["bytes"] else "Told by the source"),
         ("Memory", memory),
         ("Licence", licence["name"]),
-        ("Commercial", COMMERCIAL.get(licence["commercial"], licence["commercial"])),
-        ("Territory", licence["territory"].capitalize()),
+        ("Commercial", COMMERCIAL.get(licence["commercial"], _begun(licence["commercial"]))),
+        ("Territory", _begun(licence["territory"])),
     ]
     if one.get("plan"):
-        found.insert(2, ("Here", one["plan"]["sentence"]))
+        found.insert(2, ("Here", _begun(one["plan"]["sentence"])))
     if not one["pinned"]:
         found.append(("Check", "Against the hashes that its source tells at the first download"))
     if one["gated"]:
@@ -306,10 +311,16 @@ def terms(one: dict) -> list[tuple[str, str]]:
     return found
 
 
+def _begun(text: str) -> str:
+    """With a capital, as on a line of its own."""
+    return text[:1].upper() + text[1:]
+
+
 def _lines(layout, text: str, letters: int = LETTERS) -> None:
     from . import panel
 
     column = layout.column(align=True)
+    column.scale_y = 0.8
     for line in panel.wrapped(text, letters, len):
         column.label(text=line)
 
@@ -355,7 +366,7 @@ def draw_state(layout, context, id: str) -> None:
     else:
         panel.draw_text(column, context, f"{WORDS[one['state']]}, {one['licence']['name']}", ICONS[one["state"]])
     if plan:
-        panel.draw_text(column, context, f"{plan['sentence'][:1].upper()}{plan['sentence'][1:]}", "MEMORY" if plan["fits"] else "ERROR")
+        panel.draw_text(column, context, _begun(plan["sentence"]), "MEMORY" if plan["fits"] else "ERROR")
 
 
 class KILN_PT_models(bpy.types.Panel):
@@ -379,10 +390,12 @@ class KILN_PT_models(bpy.types.Panel):
         for one in known.entries.values():
             header, body = layout.panel(f"kiln_model_{one['id']}", default_closed=True)
             header.label(text=one["title"], icon=ICONS[one["state"]])
-            if one["bytes"]:
-                right = header.row()
-                right.alignment = "RIGHT"
-                right.active = False
+            right = header.row()
+            right.alignment = "RIGHT"
+            right.active = False
+            if one["pull"] and one["pull"]["state"] in ACTIVE:
+                right.label(text=f"{one['pull']['fraction']:.0%}")
+            elif one["bytes"]:
                 right.label(text=panel.size_text(one["bytes"]))
             if body:
                 self.draw_details(body, context, one)

@@ -385,6 +385,13 @@ def test_a_full_disk_is_told_before_anything_comes(hub, small_disk, monkeypatch)
     assert contents(fetch.pull("model")) == MODEL
 
 
+def test_a_place_that_is_no_folder_is_told(hub, tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("KILN_WEIGHTS", str(tmp_path / "file"))
+    error = refusal("disk", fetch.pull, "model", accept=True)
+    assert "file" in error.message and "KILN_WEIGHTS" in error.hint
+
+
 def test_of_two_pulls_at_once_one_works(hub):
     hub.rate["unet/model.safetensors"] = 1_000_000
     found = Counter()
@@ -415,6 +422,7 @@ def test_of_two_pulls_at_once_one_works(hub):
         ("model_index.json", {"_class_name": ["pipeline", "Mine"]}),
         ("model_index.json", {"_class_name": "Wan", "vae": ["my_module", "Vae"]}),
         ("config.json", b"not json"),
+        ("config.json", b"[" * 200_000),
         ("model.safetensors", b"\x80\x04\x95pickled by torch"),
         ("model.safetensors", b"PK\x03\x04 a zip, as torch saves"),
         ("model.safetensors", b"\xff" * 40),

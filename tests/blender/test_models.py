@@ -93,6 +93,7 @@ def backend(monkeypatch):
     made = Backend()
     monkeypatch.setattr(models, "known", models.Models())
     monkeypatch.setattr(session.current, "carry_out", made.ask)
+    monkeypatch.setattr(session.current, "want_backend", lambda: None)
     monkeypatch.setattr(session.current, "link", object())
     monkeypatch.setattr(session.current, "backend", {**session.current.backend, "state": "running", "remote": False})
     monkeypatch.setattr(panel, "draw_text", lambda layout, context, text, icon="NONE", indent=0.0: layout.label(text=text, icon=icon))
