@@ -542,11 +542,12 @@ def _verify_weights(given: argparse.Namespace) -> int:
     ids = given.ids or [id for id in weights.entries() if weights.state(id) in ("installed", "bundled", "damaged")]
     damaged = False
     for id in ids:
-        bar = _Bar()
+        bar, one = _Bar(), weights.entry(id)
         wrong = fetch.verify(id, bar.show)
         bar.close()
         damaged = damaged or bool(wrong)
-        print(f"{id:<30} {'; '.join(wrong) or 'as it was fetched'}")
+        unknown = one.bundled and not one.files
+        print(f"{id:<30} {'; '.join(wrong) or ('it comes with Kiln, without a hash' if unknown else 'as it was fetched')}")
         if wrong:
             print(f"kiln: repair it with `kiln weights pull {id}`", file=sys.stderr)
     return FAILED if damaged else DONE

@@ -334,9 +334,10 @@ def describe(one: Entry) -> dict[str, Any]:
     where = place(one)
     lock = read(where / LOCK) or {}
     here = sum(path.stat().st_size for path in where.rglob("*") if path.is_file()) if kind != "missing" and where.is_dir() else 0
+    size = one.bytes or sum(file["bytes"] for file in lock.get("files", [])) or (here if one.bundled else 0)
     return {
         "id": one.id, "title": one.title, "purpose": one.purpose, "class": one.loader, "state": kind, "problem": wrong,
-        "bytes": one.bytes or sum(file["bytes"] for file in lock.get("files", [])), "here": here, "memory": dict(one.memory),
+        "bytes": size, "here": here, "memory": dict(one.memory),
         "licence": asdict(one.licence), "accepted": accepted(one), "needs": list(one.needs), "also": list(one.also),
         "gated": one.gated, "bundled": one.bundled,
         "pinned": one.pinned or one.bundled, "source": one.source, "revision": one.revision or lock.get("revision", ""),

@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 import zipfile
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -229,7 +228,7 @@ def test_cancelled_keeps_what_came(hub):
 
 
 def test_killed_in_the_middle_it_resumes(hub):
-    hub.rate["unet/model.safetensors"] = 500_000
+    hub.rate["unet/model.safetensors"] = 200_000
     command = [sys.executable, "-m", "backend.cli", "weights", "pull", "model", "--accept-licence"]
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL)
     part = weights.root() / "model/unet/model.safetensors.part"
@@ -393,22 +392,21 @@ def test_a_place_that_is_no_folder_is_told(hub, tmp_path, monkeypatch):
 
 
 def test_of_two_pulls_at_once_one_works(hub):
-    hub.rate["unet/model.safetensors"] = 1_000_000
-    found = Counter()
+    begun, tried = threading.Event(), threading.Event()
 
-    def run():
-        try:
-            found[str(fetch.pull("model", accept=True))] += 1
-        except KilnError as error:
-            found[error.code] += 1
+    def hold(fraction, text):
+        if fraction > 0.0:
+            begun.set()
+            tried.wait(30)
 
-    threads = [threading.Thread(target=run) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == {str(weights.folder("model")): 1, "busy": 1} and contents(weights.folder("model")) == MODEL
-    assert len(hub.ranges("unet/model.safetensors")) == 1
+    first = threading.Thread(target=fetch.pull, args=("model",), kwargs={"accept": True, "progress": hold})
+    first.start()
+    assert begun.wait(30)
+    assert "under way" in refusal("busy", fetch.pull, "model").message
+    assert refusal("busy", fetch.remove, "model")
+    tried.set()
+    first.join()
+    assert contents(weights.folder("model")) == MODEL and len(hub.ranges("unet/model.safetensors")) == 1
 
 
 # -- What is refused -------------------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ def until(ready):
 def test_a_model_comes_and_goes(hub, home):
     online = bpy.context.preferences.system.use_online_access
     bpy.context.preferences.system.use_online_access = True
-    hub.rate["model.safetensors"] = 400_000
+    hub.rate["model.safetensors"] = 100_000
     try:
         bpy.ops.kiln.get_model(model="model", agree=True)
         until(lambda: (models.known.pull("model") or {}).get("fraction", 0) > 0.2)
