@@ -33,7 +33,7 @@ LIBRARIES = ("diffusers", "transformers", None)  # that a pipeline's parts may c
 CODE = ("auto_map", "custom_pipeline", "custom_pipelines", "trust_remote_code")  # fields of configurations that lead to code
 READABLE = 64_000_000  # bytes of a configuration that is looked through
 SPARE = 100_000_000  # bytes that stay free on the disk
-ATTEMPTS = 6  # at one source in a row without a new byte
+ATTEMPTS, FIRST_ATTEMPTS = 6, 3  # at one source in a row without a new byte: after some came, and before
 BACKOFF = 1.0  # seconds before the second attempt; doubled for each further one
 TIMEOUTS = (10.0, 20.0)  # seconds for a connection, and for the next byte
 PIECE = 1 << 18  # bytes read at once
@@ -144,7 +144,7 @@ def _download(wanted: list[Entry], progress: _Progress) -> None:
     with requests.Session() as session:
         session.headers["User-Agent"] = "kiln"
         progress(0.0, "Asking what there is")
-        plans = [(one, _plan(session, one)) for one in wanted]
+        plans = [(one, _plan(session, one, progress)) for one in wanted]
         meter = _Meter(plans, progress)
         _make_room(sum(file["bytes"] - _here(one, file) for one, plan in plans for file in plan["files"]))
         for one, plan in plans:
@@ -157,7 +157,7 @@ def _download(wanted: list[Entry], progress: _Progress) -> None:
             _lock(one, plan)
 
 
-def _plan(session: Any, one: Entry) -> dict[str, Any]:
+def _plan(session: Any, one: Entry, progress: _Progress) -> dict[str, Any]:
     """Which files, with sizes and hashes, make the entry: as a download that is under way began it, as the registry pins it, or as the hub
     tells. Its `files` have path, bytes, and sha256 or git."""
     for name in (UNDER_WAY, LOCK):
@@ -169,7 +169,7 @@ def _plan(session: Any, one: Entry) -> dict[str, Any]:
         return {"id": one.id, "source": one.source, "revision": one.revision, "checked": "registry", "files": files}
     if "://" in one.source or not one.source:
         raise KilnError("bad-registry", f"{one.title} has no hashes to check it by, and its source tells none.", "Pin it in the registry.")
-    return _ask_hub(session, one)
+    return _ask_hub(session, one, progress)
 
 
 def _agrees(one: Entry, known: dict[str, Any]) -> bool:
@@ -183,10 +183,10 @@ def _agrees(one: Entry, known: dict[str, Any]) -> bool:
     return all(file.get("sha256") or file.get("git") for file in files)
 
 
-def _ask_hub(session: Any, one: Entry) -> dict[str, Any]:
+def _ask_hub(session: Any, one: Entry, progress: _Progress) -> dict[str, Any]:
     """The files at the entry's commit, or at the newest if none is pinned, with the hashes that the hub has of them."""
     where = f"{_hub()}/api/models/{one.source}/revision/{quote(one.revision or 'main', safe='')}?blobs=true"
-    listing = _listing(session, one, where)
+    listing = _listing(session, one, where, progress)
     revision = str(listing.get("sha", ""))
     found = {}
     for sibling in listing.get("siblings", []):
@@ -216,10 +216,11 @@ def _ask_hub(session: Any, one: Entry) -> dict[str, Any]:
     return {"id": one.id, "source": one.source, "revision": revision, "checked": "hub", "files": chosen}
 
 
-def _listing(session: Any, one: Entry, where: str) -> dict[str, Any]:
+def _listing(session: Any, one: Entry, where: str, progress: _Progress) -> dict[str, Any]:
     import requests
 
-    for attempt in range(ATTEMPTS):
+    meter = _Meter([], progress)
+    for attempt in range(FIRST_ATTEMPTS):
         try:
             answer = session.get(where, headers=_login(one), timeout=TIMEOUTS)
             if answer.status_code in (401, 403):
@@ -232,8 +233,8 @@ def _listing(session: Any, one: Entry, where: str) -> dict[str, Any]:
             trouble = _short(error)
             if getattr(error, "response", None) is not None:
                 break
-        if attempt < ATTEMPTS - 1:
-            time.sleep(min(BACKOFF * 2**attempt, 8.0))
+        if attempt < FIRST_ATTEMPTS - 1:
+            meter.wait(BACKOFF * 2**attempt, f"{_host(where)}: {trouble}; trying again")
     raise KilnError("no-source", f"The hub does not tell what {one.title} is made of: {trouble}.", "Check the network, then try again.")
 
 
@@ -316,7 +317,7 @@ def _transfer(session: Any, url: str, login: dict[str, str], one: Entry, file: d
         while piece := output.read(1 << 22):
             digest.update(piece)
             meter.step(len(piece), "checking what is here")
-        idle = 0
+        idle, most = 0, FIRST_ATTEMPTS
         while digest.count < file["bytes"]:
             have, trouble = digest.count, ""
             headers = {"Accept-Encoding": "identity", **login} | ({"Range": f"bytes={have}-"} if have else {})
@@ -341,9 +342,9 @@ def _transfer(session: Any, url: str, login: dict[str, str], one: Entry, file: d
                         trouble = f"it answers {answer.status_code}"
             except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
                 trouble = _short(error)
-            idle = 0 if digest.count > have else idle + 1
+            idle, most = (0, ATTEMPTS) if digest.count > have else (idle + 1, most)
             if digest.count < file["bytes"]:
-                if idle >= ATTEMPTS:
+                if idle >= most:
                     hint = "What came is kept: try again when the network is better, and it goes on."
                     message = f"{name} of {one.title} does not come from {_host(url)}: {trouble or 'it breaks off'}."
                     raise _Unfit(KilnError("no-source", message, hint))
@@ -822,7 +823,10 @@ class _Meter:
         since, before = self._marks[0]
         rate = f", {size_text((self.done - before) / (now - since))}/s" if now - since > 0.5 and self.done > before and not doing else ""
         what = f"{size_text(self.done)} of {size_text(self.total)}{rate}"
-        self._progress(min(1.0, self.done / self.total if self.total else 1.0), f"{self.entry}: {what}{', ' if doing else ''}{doing}")
+        if not self.total:
+            self._progress(0.0, doing)
+            return
+        self._progress(min(1.0, self.done / self.total), f"{self.entry}: {what}{', ' if doing else ''}{doing}")
 
     def back(self, part: Path) -> None:
         """What was in `part` does not count after all."""

@@ -358,7 +358,9 @@ def draw_state(layout, context, id: str) -> None:
         if pull and pull["state"] == "failed":
             panel.draw_error(layout.box(), context, KilnError.from_wire(pull["error"] or {}))
         row = layout.row(align=True)
-        if not worst["bundled"]:
+        if worst["bundled"]:
+            panel.draw_text(column, context, "It belongs to the backend: set that up again, or press Repair there.", "BLANK1")
+        else:
             partial = any(each["state"] == "partial" for each in absent)
             verb = VERBS["partial" if partial else worst["state"]]
             row.operator("kiln.get_model", text=verb, icon="IMPORT").model = one["id"]

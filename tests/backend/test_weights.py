@@ -284,6 +284,19 @@ def test_without_any_source_the_sentence_says_who_failed(hub):
     assert "127.0.0.1" in refusal("no-source", fetch.pull, "model", accept=True).message
 
 
+def test_while_it_tries_again_it_can_be_cancelled(hub, monkeypatch):
+    monkeypatch.setattr(fetch, "BACKOFF", 60.0)
+    hub.close()
+
+    def progress(fraction, text):
+        if "trying again" in text:
+            raise Cancelled
+
+    for id in ("model", "fresh"):  # the file's own server, and the hub that tells what there is
+        with pytest.raises(Cancelled):
+            fetch.pull(id, accept=True, progress=progress)
+
+
 def test_a_pinned_hash_outweighs_the_hubs(hub, tmp_path, monkeypatch):
     files = [{"path": "adapter.safetensors", "sha256": "0" * 64}]
     entry = {"id": "other", "source": "makers/adapter", "revision": COMMIT, "files": files}

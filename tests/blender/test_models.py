@@ -124,7 +124,7 @@ def refused(operator, **given):
 def test_each_state_shows_what_it_is_and_what_can_be_done(backend):
     backend.tell(
         entry("missing"), entry("partial", "partial", here=GB), entry("damaged", "damaged", problem="a.safetensors is gone"),
-        entry("installed", "installed"), entry("bundled", "bundled"),
+        entry("installed", "installed"), entry("bundled", "bundled"), entry("lost", bundled=True),
     )  # fmt: skip
     assert "Not installed: 5.0 GB, Apache-2.0" in words(drawn("missing")) and ("kiln.get_model", "missing") in drawn("missing")
     assert "about 2x slower" in words(drawn("missing"))
@@ -132,6 +132,7 @@ def test_each_state_shows_what_it_is_and_what_can_be_done(backend):
     assert "Damaged" in words(drawn("damaged")) and "a.safetensors is gone" in words(drawn("damaged"))
     for id in ("installed", "bundled"):
         assert not [one for one in drawn(id) if isinstance(one, Button)] and "Apache-2.0" in words(drawn(id))
+    assert "Repair" in words(drawn("lost")) and ("kiln.get_model", "lost") not in drawn("lost")
     assert drawn("unheard-of") == [], "nothing before the backend has told of it"
 
 
