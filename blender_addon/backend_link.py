@@ -369,6 +369,11 @@ class Link(threading.Thread):
         self._next_look = time.monotonic() + 1.0
         self._give_up("stopped", STOPPED)
 
+    def _local_release(self, ticket: int) -> None:
+        """Blender renders: a backend on the same machine gives back the memory that it keeps for a next job."""
+        if self._client is not None and not self._where.remote:
+            self._client.release()
+
     # Orders to the backend
 
     def _order_submit(

@@ -316,7 +316,7 @@ def draw_views(box, context, job) -> None:
         return
     own = not turntable.is_generated(data)
     width = context.region.width / context.preferences.system.ui_scale
-    grid = body.grid_flow(row_major=True, columns=max(2, min(8, int(width / 75))), even_columns=True, even_rows=True, align=True)
+    grid = body.grid_flow(row_major=True, columns=max(2, min(8, int(width / 58))), even_columns=True, even_rows=True, align=True)
     for number in table.pictures:
         cell = grid.column(align=True)
         picture = session.current.pictures.get(f"{data['id']}/view_{number}")
@@ -435,12 +435,13 @@ class KILN_PT_generate(KilnPanel, bpy.types.Panel):
             layout.progress(factor=done / total, text=f"Preparing {done / total:.0%}")
             draw_text(layout, context, f"Preparing {title}. Esc stops it.")
         else:
+            missing = missing_models(settings, recipe)
+            if missing:
+                are = "is" if len(missing) == 1 else "are"
+                draw_text(layout, context, f"{' and '.join(missing)} {are} not installed: see above, or choose another model.", "ERROR")
             column = layout.column()
             column.scale_y = 1.8
-            missing = missing_models(settings, recipe)
             column.enabled = subject is not None and not missing
-            if missing:
-                draw_text(layout, context, f"First download {' and '.join(missing)}, above, or choose another model.", "ERROR")
             column.operator("kiln.generate", text="Generate", icon="SHADERFX")
 
     @staticmethod
@@ -531,7 +532,8 @@ class KILN_PT_jobs(KilnPanel, bpy.types.Panel):
         imported = session.imports_of(job)
         box = layout.box()
         icon = session.current.icon(job)
-        if icon and state != "failed":
+        stopped = state == "done" and "mesh.glb" not in data["results"]  # after its views, which are shown one by one
+        if icon and state != "failed" and not (stopped and job.turntable and job.turntable.pictures):
             box.template_icon(icon_value=icon, scale=max(4.0, min(10.0, context.region.width / context.preferences.system.ui_scale / 26)))
         if job.transfer is not None:
             box.progress(factor=job.transfer, text=f"{'Receiving' if state == 'done' else 'Sending'} {job.transfer:.0%}")
@@ -546,7 +548,7 @@ class KILN_PT_jobs(KilnPanel, bpy.types.Panel):
                 box.label(text=time_text(time.time() - data["started"]), icon="TIME")
         elif state == "queued":
             draw_text(box, context, "Waiting for its turn", "TIME")
-        elif state == "done" and "mesh.glb" not in data["results"]:
+        elif stopped:
             draw_text(box, context, "The views are ready. Change some, or go on.", "CHECKMARK")
         elif state == "done":
             took = time_text(data["finished"] - data["started"]) if data["finished"] and data["started"] else ""
@@ -584,11 +586,9 @@ class KILN_PT_jobs(KilnPanel, bpy.types.Panel):
             row.enabled = state != "cancelling"
             row.operator("kiln.cancel_job", icon="X").job = data["id"]
             return
-        if state == "done" and "mesh.glb" not in data["results"]:
-            pass
-        elif state == "done":
+        if state == "done" and not stopped:
             row.operator("kiln.import_job", text="Import Again" if imported else "Import", icon="IMPORT").job = data["id"]
-        else:
+        elif not stopped:
             row.operator("kiln.retry_job", icon="FILE_REFRESH").job = data["id"]
         row.operator("kiln.remove_job", icon="TRASH").job = data["id"]
 

@@ -91,9 +91,10 @@ def apply_preset(group: PropertyGroup, recipe: type, preset: str) -> None:
 
 
 def said(recipe: type) -> tuple[str, ...]:
-    """Parameters that say what to make and with which model: no preset knows better."""
-    texts = (parameter.name for parameter in recipes.parameters(recipe) if parameter.type is str and not parameter.options)
-    return (*texts, *recipe.WEIGHTS)
+    """Parameters that say what to make, with which model and how far: no preset knows better."""
+    known = recipes.parameters(recipe)
+    texts = (parameter.name for parameter in known if parameter.type is str and not parameter.options)
+    return (*texts, *recipe.WEIGHTS, *(parameter.name for parameter in known if parameter.name == "generate.only"))
 
 
 def value_of(group: PropertyGroup, parameter: recipes.Parameter):

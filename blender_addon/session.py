@@ -1117,6 +1117,15 @@ def _loaded(*_):
 _loaded = bpy.app.handlers.persistent(_loaded)
 
 
+def _renders(*_):
+    """A render begins, not one of our own. On whichever thread that is: an order in a queue is all that may happen here."""
+    if current and current.link and not current.capture:
+        current.link.ask("release")
+
+
+_renders = bpy.app.handlers.persistent(_renders)
+
+
 def _tick():
     return current.tick()
 
@@ -1125,6 +1134,7 @@ def register():
     global current
     current = Session()
     bpy.app.handlers.load_post.append(_loaded)
+    bpy.app.handlers.render_init.append(_renders)
     if not bpy.app.background:
         bpy.app.timers.register(_tick, first_interval=BUSY, persistent=True)
 
@@ -1134,5 +1144,6 @@ def unregister():
     if bpy.app.timers.is_registered(_tick):
         bpy.app.timers.unregister(_tick)
     bpy.app.handlers.load_post.remove(_loaded)
+    bpy.app.handlers.render_init.remove(_renders)
     current.close()
     current = None

@@ -223,6 +223,7 @@ STAGES = {"reconstruct": ("capture", "read", "fit", "extract", "bake", "measure"
                       "import"),
           "mesh_splats": ("export", "read", "look", "extract", "bake", "measure", "import"),
           "im3d": ("read", "generate", "fit to pictures", "look", "extract", "move", "bake", "measure", "import")}  # fmt: skip
+AT_FIRST = ("read", "generate")  # of a job that stops after its views
 IN_BLENDER = ("capture", "export", "import")
 
 
@@ -230,7 +231,8 @@ def stage_seconds(recipe: str, values: Values, gpu: bool = False, splats: int | 
     """Seconds of each stage on two quiet cores. splats: how many the input has, for recipes that start from them."""
     quantities = known(recipe, values, splats)
     where = " on a GPU" if gpu and values.get("fit.device") != "cpu" else ""
-    named = {stage: stage if stage in SECONDS else stage.removesuffix(" in time") for stage in STAGES[recipe]}
+    stages = AT_FIRST if values.get("generate.only") else STAGES[recipe]
+    named = {stage: stage if stage in SECONDS else stage.removesuffix(" in time") for stage in stages}
     return {stage: _sum(SECONDS.get(name + where, SECONDS[name]), quantities) for stage, name in named.items()}
 
 
@@ -267,7 +269,8 @@ def speed_of(device: dict[str, Any]) -> float:
 
 def evaluations(values: Values) -> float:
     """Of the model that generates views, over the whole job; those with guidance are pairs."""
-    return 2 * (values["generate.steps"] + values["iterate.rounds"] * values["iterate.steps"])
+    again = 0 if values["generate.only"] else values["iterate.rounds"] * values["iterate.steps"]
+    return 2 * (values["generate.steps"] + again)
 
 
 def known(recipe: str, values: Values, splats: int | None) -> Values:
