@@ -455,7 +455,7 @@ class Im3d:
     seed: int = _number(0, 0, 2**31 - 1, "Start of every random draw: same seed, same device, same result.", advanced=True)
 
 
-RECIPES: dict[str, Any] = {recipe.NAME: recipe for recipe in (Reconstruct, Animate, MeshSplats)}
+RECIPES: dict[str, Any] = {recipe.NAME: recipe for recipe in (Reconstruct, Animate, Im3d, MeshSplats)}
 
 
 def recipe_named(name: str) -> Any:

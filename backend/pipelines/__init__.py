@@ -14,6 +14,7 @@ import os
 PIPELINES: dict[str, tuple[str, str]] = {
     "reconstruct": ("backend.pipelines.reconstruct", "reconstruct"),
     "animate": ("backend.pipelines.animate", "animate"),
+    "im3d": ("backend.pipelines.im3d", "im3d"),
     "mesh_splats": ("backend.pipelines.mesh_splats", "mesh_splats"),
 }
 

@@ -1,0 +1,186 @@
+"""`im3d`: a picture or a text -> turntable video -> splats fitted with image losses -> renders fed back to the video model -> marching
+cubes -> textured mesh. After Melas-Kyriazi et al. 2024, "IM-3D": figure 2, sections 3.1 to 3.4, appendices A.1 and A.5."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from backend.diffusion.matte import matte
+from backend.diffusion.text_to_image import draw
+from backend.diffusion.turntable import Turn, generate, refine, reroll
+from backend.mesh.bake import bake
+from backend.mesh.extract import extract
+from backend.mesh.measure import psnr
+from backend.mesh.mesh import TexturedMesh
+from backend.mesh.refine import refine as refine_surface
+from backend.nets import elevation
+from backend.pipelines.asset import Asset, measure
+from backend.pipelines.picture_asset import PictureAsset, TurntableAsset
+from backend.pipelines.run import Run
+from backend.splats.fit_images import fit_images
+from backend.splats.model import Splats
+from backend.splats.pictures import pictures, without_mist
+from backend.splats.render import render
+from backend.views.cameras import Camera
+from backend.views.orbit import Orbit
+from backend.views.picture import Picture, load_turntable, prepare
+from backend.views.views import Frame, Views, load
+from protocol import recipes
+from protocol.errors import KilnError
+
+LAST_SHARE = 0.4  # of the other parts: the fit's last one. The paper refines its views at steps 500 and 1000 of 1200
+LOOKS = 48  # pictures of the splats that the mesh is made from
+FINEST = 1024  # pixels of such a picture, at most
+
+
+def im3d(run: Run, folder: Path, p: recipes.Im3d) -> PictureAsset | TurntableAsset:
+    """The asset of the picture, the text or the turntable in `folder` (SPEC.md, "Picture")."""
+    if (folder / "transforms.json").exists():
+        run.begin("Read views")
+        return from_views(run, load(folder, progress=run.progress), None, False, None, None, p)
+    if any(folder.glob("view_*")):
+        run.begin("Read views")
+        frames, alpha = load_turntable(folder)
+        turn = picture = None
+    else:
+        picture, alpha = the_picture(run, folder, p), None
+        chosen = replace(p.generate, rerolls="", only=False)
+        turn = run.stage("Generate views", generate, picture.rgba, chosen, p.seed, p.orbit.elevation)
+        turn = edited(run, turn, picture, folder, p)
+        frames = turn.frames
+    if alpha is None:
+        alpha = run.stage("Cut out the views", matte, frames, p.generate.matte)
+    exact = turn is not None and turn.calibrated
+    orbit = turn.orbit if exact else first_guess(run, frames, p.orbit)
+    views = as_views(frames, alpha, orbit, picture)
+    if p.generate.only:
+        return TurntableAsset(views, {**run.report(p), "evaluations": turn.evaluations if turn else 0})
+    return from_views(run, views, orbit, p.orbit.estimate and not exact, turn, picture, p)
+
+
+def from_views(
+    run: Run, views: Views, orbit: Orbit | None, estimate: bool, turn: Turn | None, picture: Picture | None, p: recipes.Im3d
+) -> PictureAsset:
+    """The asset of a turntable. orbit: its cameras, None where the views' own are all there is to know; `estimate`: they are a guess, to be
+    refined along with the splats. turn, picture: what the video model made, and of what; None where there is none to go back to."""
+    splats, agreement = None, []
+    rounds = 0 if turn is None else p.iterate.rounds
+    for number, steps in enumerate(parts(p.fit.iterations, rounds)):
+        stage = "Fit splats" if number == 0 else f"Fit on, round {number}"
+        splats, found = run.stage(stage, fit_images, views, p.fit, p.seed, splats, steps, orbit if estimate else None)
+        if found is not None:
+            orbit, views = found, replace(views, cameras=found.cameras(views.images.shape[1]))
+        agreement.append(agree(splats, views))
+        if number < rounds:  # section 3.4
+            renders = drawn(splats, turn.path(orbit).cameras(turn.film.shape[1]))
+            turn = run.stage(
+                f"Refine views, round {number + 1}", refine, turn, renders, picture.rgba, p.generate,
+                p.iterate.strength, p.iterate.steps, p.seed + number,
+            )  # fmt: skip
+            alpha = run.stage(f"Cut out the views, round {number + 1}", matte, turn.frames, p.generate.matte)
+            views = as_views(turn.frames, alpha, orbit, picture)
+    solid = without_mist(splats)
+    run.begin("Take pictures")
+    side = min(FINEST, max(256, 2 * views.images.shape[1]))
+    looks = pictures(solid, views.frame, recipes.Look(LOOKS, side), run.progress)
+    surface = run.stage("Extract surface", extract, solid, looks, p.surface)
+    if p.refine.on:  # appendix A.5
+        surface = run.stage("Refine the surface", refine_surface, surface, splats, views, p.refine, p.surface.faces, p.seed)
+    mesh = run.stage("Bake texture", bake, surface, solid, looks, p.texture)
+    scores = run.stage("Measure", measure, mesh, splats, views)
+    report = {**run.report(p), "evaluations": turn.evaluations if turn else 0, "agreement": agreement, "orbit": told(orbit)}
+    frame = views.frame if orbit is None else standing(mesh, p.placing.size)
+    return PictureAsset(Asset(mesh, splats, frame, scores, report), views)
+
+
+def the_picture(run: Run, folder: Path, p: recipes.Im3d) -> Picture:
+    """The subject of the input picture, or of one that is made from the prompt, cut out and centred."""
+    files = sorted(folder.glob("image.*"))
+    if files:
+        return run.stage("Read the picture", prepare, files[0], p.generate.matte)
+    if not p.generate.prompt:
+        raise KilnError(
+            "bad-input", "There is neither a picture nor a prompt.", "Choose a picture, or say in generate.prompt what the subject is."
+        )
+    return run.stage("Make a picture of the text", draw, p.generate.prompt, p.generate.matte, p.seed)
+
+
+def edited(run: Run, turn: Turn, picture: Picture, folder: Path, p: recipes.Im3d) -> Turn:
+    """The turntable with the views generated anew that `generate.rerolls` names, and those replaced that the user gave."""
+    drawn_before: dict[int, int] = {}
+    for view in numbers(p.generate.rerolls, len(turn.frames)):
+        drawn_before[view] = draw_number = drawn_before.get(view, 0) + 1
+        turn = run.stage(f"Generate view {view} anew", reroll, turn, view, draw_number, picture, p.generate, p.seed)
+    frames = turn.frames.copy()
+    for path in sorted(folder.glob("replace_*")):
+        (view,) = numbers(path.stem.removeprefix("replace_"), len(frames))
+        frames[view] = prepare(path, p.generate.matte).on_white(frames.shape[1])
+    return replace(turn, frames=frames)
+
+
+def numbers(text: str, count: int) -> list[int]:
+    """The views that a line of numbers names, or `KilnError("bad-parameter")`."""
+    words = re.split(r"[\s,;]+", text.strip()) if text.strip() else []
+    wrong = [word for word in words if not word.isdigit() or int(word) >= count]
+    if wrong:
+        raise KilnError("bad-parameter", f"There is no view {wrong[0]!r}.", f"The turntable has the views 0 to {count - 1}.")
+    return [int(word) for word in words]
+
+
+def first_guess(run: Run, frames: Float[np.ndarray, "k s s 3"], p: recipes.Orbit) -> Orbit:
+    """Equal steps at the elevation that the network sees (appendix A.1), or at the given one."""
+    height = run.stage("Estimate the elevation", elevation.estimate, frames) if p.estimate else p.elevation
+    return Orbit.turn(len(frames), height, p.fov)
+
+
+def as_views(frames: Float[np.ndarray, "k s s 3"], alpha: Float[np.ndarray, "k s s"], orbit: Orbit, picture: Picture | None) -> Views:
+    """Frames on white with their mattes as views; the one from where the input picture was taken is the input picture."""
+    size = frames.shape[1]
+    straight = np.clip((frames - (1 - alpha[..., None])) / np.maximum(alpha[..., None], 0.1), 0, 1).astype(np.float32)
+    alpha = alpha.copy()
+    nearest = int(np.abs((orbit.azimuths + 180) % 360 - 180).argmin())
+    if picture is not None and abs((orbit.azimuths[nearest] + 180) % 360 - 180) < 1:
+        given = picture.resized(size)
+        straight[nearest], alpha[nearest] = given[..., :3], given[..., 3]
+    return Views(orbit.cameras(size), straight, alpha, None, None, np.zeros(len(frames), bool), Frame(np.zeros(3), 1.0))
+
+
+def parts(iterations: int, rounds: int) -> list[int]:
+    """The fit's steps before, between and after the rounds of refinement (appendix A.1)."""
+    each = round(iterations / (rounds + LAST_SHARE)) if rounds else iterations
+    return [each] * rounds + [iterations - each * rounds] if rounds else [iterations]
+
+
+def drawn(splats: Splats, cameras: list[Camera]) -> Float[np.ndarray, "n s s 3"]:
+    """What the cameras see of the splats, on white."""
+    return np.stack([render(splats, camera, (1.0, 1.0, 1.0)).color for camera in cameras]).clip(0, 1).astype(np.float32)
+
+
+def agree(splats: Splats, views: Views) -> float:
+    """Mean PSNR, on white, of the splats against the views that they were fitted to: how much these agree with each other."""
+    renders = drawn(splats, views.cameras)
+    truth = views.images * views.alpha[..., None] + (1 - views.alpha[..., None])
+    return round(float(np.mean([psnr(one, other) for one, other in zip(renders, truth)])), 3)
+
+
+def standing(mesh: TexturedMesh, size: float) -> Frame:
+    """The frame in which the mesh is `size` metres long and stands on the ground, over the origin."""
+    low, high = mesh.vertices.min(0).astype(np.float64), mesh.vertices.max(0).astype(np.float64)
+    scale = float((high - low).max()) / size
+    return Frame(-np.array([(low[0] + high[0]) / 2, (low[1] + high[1]) / 2, low[2]]) / scale, scale)
+
+
+def told(orbit: Orbit | None) -> dict | None:
+    """The estimated cameras, for the report: degrees."""
+    if orbit is None:
+        return None
+    return {
+        "elevation": round(orbit.elevation, 2),
+        "fov": round(orbit.fov, 2),
+        "azimuths": [round(float(one), 2) for one in orbit.azimuths],
+    }
