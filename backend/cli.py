@@ -7,6 +7,7 @@ Exit codes: 0 all well, 1 a job failed (or doctor found a problem), 2 a bad argu
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -521,7 +522,8 @@ def _pull_weights(given: argparse.Namespace) -> int:
         accept = given.accept_licence
         if unread and not accept and sys.stdin.isatty() and sys.stderr.isatty():
             print("Do you agree to the terms, and shall it be fetched? [y/N] ", end="", file=sys.stderr, flush=True)
-            accept = input().strip().lower() in ("y", "yes")
+            with contextlib.suppress(EOFError):
+                accept = input().strip().lower() in ("y", "yes")
         bar = _Bar()
         bar.stage(f"Fetch {id}")
         try:

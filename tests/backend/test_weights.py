@@ -1,5 +1,6 @@
 """Weights as they are listed, fetched, checked, resumed, refused, bundled and removed, against a hub on this machine that can fail."""
 
+import io
 import json
 import os
 import random
@@ -565,6 +566,16 @@ def test_removed_is_gone(hub):
     assert fetch.remove("model") > 600_000
     assert weights.state("model") == "missing" and not (weights.root() / "model").exists() and fetch.remove("model") == 0
     refusal("bad-state", fetch.remove, "kiln-tiny-turntable")
+
+
+@pytest.mark.parametrize("answer, code", [("y\n", 0), ("n\n", 2), ("", 2)])
+def test_on_a_terminal_the_command_asks(hub, kiln, monkeypatch, answer, code):
+    terminal = io.StringIO(answer)
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdin", terminal)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    kiln("pull", "plain", code=code)
+    assert weights.state("plain") == ("installed" if code == 0 else "missing")
 
 
 def test_the_command_does_all_of_it(hub, tmp_path, kiln):

@@ -19,7 +19,8 @@ def hub(tmp_path_factory):
     entry = {"id": "model", "source": "makers/model", "revision": COMMIT, "files": [pinned("model.safetensors", TENSOR)]}
     patch = pytest.MonkeyPatch()  # before the backend starts, which inherits it
     patch.setenv("HF_ENDPOINT", found.url)
-    patch.setenv("HF_HUB_OFFLINE", "0")
+    for name in ("HF_HUB_OFFLINE", "KILN_OFFLINE"):
+        patch.setenv(name, "0")
     patch.setenv("KILN_WEIGHTS_REGISTRY", str(registry(tmp_path_factory.mktemp("registry") / "r.toml", entry)))
     yield found
     patch.undo()

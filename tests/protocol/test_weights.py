@@ -22,7 +22,8 @@ def hub(tmp_path_factory):
         {"id": name, "source": f"makers/{name}", "revision": COMMIT, "files": [pinned("model.safetensors", TENSOR)]}
         for name in ("one", "two")
     ]
-    given = {"HF_ENDPOINT": found.url, "KILN_WEIGHTS_REGISTRY": str(registry(folder / "r.toml", *entries)), "HF_HUB_OFFLINE": "0"}
+    path = registry(folder / "r.toml", *entries)
+    given = {"HF_ENDPOINT": found.url, "KILN_WEIGHTS_REGISTRY": str(path), "HF_HUB_OFFLINE": "0", "KILN_OFFLINE": "0"}
     before = dict(os.environ)
     os.environ.update(given)
     yield found
