@@ -253,7 +253,7 @@ def _scaled(rgba: np.ndarray, box: tuple[float, float, float, float], size: int)
     pieces = np.pad(np.dstack([rgba[..., :3] * rgba[..., 3:], rgba[..., 3]]), ((margin, margin), (margin, margin), (0, 0))).astype(
         np.float32
     )
-    window = tuple(value + margin for value in box)
+    window = (box[0] + margin, box[1] + margin, box[2] + margin, box[3] + margin)
     filter = Image.Resampling.LANCZOS
     planes = [
         np.asarray(Image.fromarray(np.ascontiguousarray(pieces[..., channel]), "F").resize((size, size), filter, box=window))
