@@ -21,7 +21,7 @@ LOOK = {  # backend state: icon, words
 }
 STATES = {"queued": "Waiting", "cancelling": "Cancelling", "failed": "Failed", "cancelled": "Cancelled"}
 AT_THE_SOURCE = ("generate.model", "generate.prompt", "generate.only")  # parameters that are drawn there
-WORDS_TO_PICTURE = "flux2-klein-4b"
+WORDS_TO_PICTURE = "flux2-klein-4b"  # model that makes a picture where there are only words
 HELPERS = {  # model: what is lost without it
     "isnet-general-use": "Without a matting network, a subject on a plain background is cut out by the border's colour.",
     "vgg16-lpips": "Without VGG16, views are compared by their gradients: surfaces come out less sharp.",
@@ -269,7 +269,11 @@ def draw_picture(box, context, settings, group) -> None:
     column.prop(group, "generate_model", text="")
     choices = group.bl_rna.properties["generate_model"].enum_items
     draw_text(column, context, choices[group.generate_model].description, "INFO")
-    models.draw_model(column, context, wanted_models(settings, group))
+    for id in wanted_models(settings, group):
+        if id == WORDS_TO_PICTURE:
+            column = box.column(align=True)
+            draw_text(column, context, "A picture is made from the words first, by FLUX.2 klein.", "INFO")
+        models.draw_model(column, context, (id,))
     draw_helpers(box, context, group)
     box.prop(group, "generate_only", text="Look at the Views First")
 
@@ -316,7 +320,7 @@ def draw_views(box, context, job) -> None:
         return
     own = not turntable.is_generated(data)
     width = context.region.width / context.preferences.system.ui_scale
-    grid = body.grid_flow(row_major=True, columns=max(2, min(8, int(width / 58))), even_columns=True, even_rows=True, align=True)
+    grid = body.grid_flow(row_major=True, columns=max(2, min(8, int(width / 62))), even_columns=True, even_rows=True, align=True)
     for number in table.pictures:
         cell = grid.column(align=True)
         picture = session.current.pictures.get(f"{data['id']}/view_{number}")
@@ -465,8 +469,6 @@ class KILN_PT_generate(KilnPanel, bpy.types.Panel):
             draw_text(box, context, error.hint, "BLANK1")
         if subject is not None and subject.kind == "splats":
             box.label(text=f"{subject.title}: {subject.count:,} splats", icon="POINTCLOUD_DATA")
-        elif subject is not None and subject.kind == "prompt":
-            draw_text(box, context, "A picture is made from the words first, then the asset from that.", "INFO")
         elif subject is not None and subject.kind in ("object", "objects"):
             box.label(text=subject.title, icon="OBJECT_DATA" if subject.kind == "object" else "GROUP")
         if recipe.INPUT == "motion":

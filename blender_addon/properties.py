@@ -37,7 +37,7 @@ def blender_property(parameter: recipes.Parameter, **more):
 
 def _spoken(value: str, meaning: str) -> str:
     """A choice's name: what it means, shortly, where its own name is that of a file or model."""
-    return meaning.partition(":")[0] if "-" in value else value.replace("_", " ").capitalize()
+    return meaning.partition(":")[0].partition(",")[0] if "-" in value else value.replace("_", " ").capitalize()
 
 
 def preset_items(recipe: type) -> list[tuple[str, str, str]]:

@@ -63,3 +63,12 @@ def test_more_cores_help_less_and_less():
     speeds = [estimates.speed_of({"cores": cores}) for cores in (1, 2, 4, 64)]
     assert speeds[0] < 1 == speeds[1] < speeds[2] < speeds[3] < 4
     assert estimates.speed_of({}) == 1
+
+
+def test_a_turntable_costs_what_its_model_does_and_views_alone_cost_less():
+    given = recipes.values(recipes.make("im3d", {"generate.model": "kiln-tiny-turntable"}))
+    whole, wan = estimates.estimate("im3d", given), estimates.estimate("im3d", {**given, "generate.model": "wan2.1-orbit"})
+    assert whole.seconds < wan.seconds and whole.bytes < wan.bytes
+    assert estimates.estimate("im3d", {**given, "generate.only": True}).seconds < whole.seconds
+    assert estimates.evaluations(given) == 2 * (given["generate.steps"] + given["iterate.rounds"] * given["iterate.steps"]) <= 80
+    assert estimates.estimate("im3d", {**given, "refine.on": True}).seconds > whole.seconds
