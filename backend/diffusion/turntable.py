@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from backend.diffusion.loading import loaded
 from backend.progress import Progress, silent
+from backend.views import turning
 from backend.views.orbit import Orbit
 from protocol import recipes
 from protocol.errors import KilnError
@@ -29,8 +30,9 @@ class Turntable(Protocol):
 
     model: its id in the registry. views: frames that it makes, n below; of an uncalibrated one that is more than a pipeline asks for, and
     the last frame may close the turn. size: pixels of a frame's side. orbit: the exact cameras of its n frames, None where nobody knows
-    them. any_elevation: whether they may stand at another height than `orbit` has. guidance: its own scale. evaluations: of the denoiser
-    since it was loaded; a guidance pair counts as two.
+    them. any_elevation: whether they may stand at another height than `orbit` has. azimuths: degrees, where these alone are known and
+    `orbit` is None; None, and they are estimated. guidance: its own scale. evaluations: of the denoiser since it was loaded; a guidance
+    pair counts as two.
     """
 
     model: str
@@ -38,6 +40,7 @@ class Turntable(Protocol):
     size: int
     orbit: Orbit | None
     any_elevation: bool
+    azimuths: Float[np.ndarray, "n"] | None
     guidance: float
     evaluations: int
 
@@ -177,7 +180,9 @@ def choose(azimuths: Float[np.ndarray, "n"], views: int) -> Int[np.ndarray, "k"]
 
 
 def _turn(model: Turntable, film: Float[np.ndarray, "n s s 3"], orbit: Orbit | None, views: int, evaluations: int) -> Turn:
-    shown = orbit if orbit is not None else dataclasses.replace(_START, azimuths=np.arange(len(film)) * 360.0 / (len(film) - 1))
+    shown = orbit
+    if shown is None:
+        shown = dataclasses.replace(_START, azimuths=turning.azimuths(film) if model.azimuths is None else model.azimuths)
     chosen = choose(shown.azimuths, views)
     cameras = dataclasses.replace(shown, azimuths=shown.azimuths[chosen])
     return Turn(film[chosen], cameras, orbit is not None, evaluations, model.model, _bytes(film), shown, chosen)

@@ -34,7 +34,7 @@ AGAINST = (
 @dataclass(frozen=True)
 class Spec:
     """What the weights' own files do not say. frames: of one turn, the last closes it. size: pixels. guidance: at most 1 is none.
-    flow_shift: None is the scheduler's own. prompt: with {subject}. scale: of the LoRA."""
+    flow_shift: None is the scheduler's own. prompt: with {subject}. scale: of the LoRA. even: the frames are known to be equal steps."""
 
     frames: int
     size: int
@@ -43,6 +43,7 @@ class Spec:
     prompt: str = "{subject}"
     against: str = ""
     scale: float = 1.0
+    even: bool = False
 
 
 SPECS = {
@@ -59,7 +60,7 @@ SPECS = {
         "The video shows {subject} on a plain white background. The camera performs a 0rb4it 360 degree orbit around {subject}.",
         AGAINST,
     ),
-    "kiln-tiny-turntable": Spec(17, 64, 1.0),
+    "kiln-tiny-turntable": Spec(17, 64, 1.0, even=True),  # train/tiny.py
 }
 
 
@@ -72,6 +73,7 @@ class WanTurntable:
     def __init__(self, model: str, pipe: WanImageToVideoPipeline, spec: Spec, lora: tuple[str, float] | None = None, previews: bool = True):
         self.model, self.pipe, self.spec, self.lora, self.previews = model, pipe, spec, lora, previews
         self.views, self.size, self.guidance = spec.frames, spec.size, spec.guidance
+        self.azimuths = np.linspace(0, 360, spec.frames) if spec.even else None
         self.evaluations = 0
         self._words: dict[str, torch.Tensor] = {}  # of prompts: the rounds of one asset ask for the same
         config = pipe.vae.config

@@ -37,7 +37,7 @@ def installed(models, monkeypatch):
     monkeypatch.setattr(weights, "SHIPPED", root)
     monkeypatch.setenv("KILN_WEIGHTS_REGISTRY", str(root / "weights.toml"))
     for id in ("plain", "video", "turning"):
-        monkeypatch.setitem(wan.SPECS, id, wan.Spec(FRAMES, SIZE, 2.0, None, "{subject}", "blurry", scale=0.7))
+        monkeypatch.setitem(wan.SPECS, id, wan.Spec(FRAMES, SIZE, 2.0, None, "{subject}", "blurry", scale=0.7, even=id == "plain"))
     yield pipes
     loading.release()
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from backend import weights
 from backend.diffusion import loading, turntable
+from backend.diffusion.wan import WanTurntable
 from backend.jobs import Jobs
 from backend.store import Store
 from backend.worker import read_frame, write_frame
@@ -178,3 +179,14 @@ def test_an_idle_worker_gives_their_memory_back(tmp_path):
         assert any(b"given back" in line for line in worker.stderr)
         assert found("two") == ["cold"]
         worker.stdin.close()
+
+
+def test_half_and_quarter_precision_make_nearly_the_same_views(installed, picture):
+    def made(precision):
+        model = WanTurntable.open("turning", "cpu", weights.Plan(precision, False, 0, 1.0, ""))
+        return model.generate(picture, "a red ball", None, 2, 1.0, 1)[1:], model.pipe.transformer
+
+    (exact, _), (half, _), (quarter, transformer) = made("fp32"), made("bf16"), made("fp8")
+    assert transformer.blocks[0].ffn.net[2].weight.dtype == torch.float8_e4m3fn  # at rest
+    errors = np.abs(half - exact).mean(), np.abs(quarter - exact).mean()
+    assert 0 < errors[0] < 0.01 and errors[0] < errors[1] < 0.05 and exact.std() > 0.05

@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from backend.diffusion import loading, turntable
+from backend.views import turning
 from backend.views.orbit import Orbit
 from protocol import recipes
 from protocol.errors import Cancelled, KilnError
@@ -153,6 +154,12 @@ def test_a_turn_is_the_asked_views_evenly_around_and_no_direction_twice(installe
     assert np.array_equal(turn.frames[0], picture[..., :3])
     most = generated(picture, views=64)
     assert len(most.frames) == FRAMES - 1 and most.orbit.azimuths[-1] == 315
+
+
+def test_where_nobody_knows_the_steps_they_are_taken_from_the_frames(installed, picture):
+    turn = turntable.generate(picture, recipes.Generate(model="video", steps=2, guidance=1.0, views=4), 3)
+    np.testing.assert_allclose(turn.shown.azimuths, turning.azimuths(turn.film.astype(np.float32) / 255))
+    assert np.array_equal(turn.orbit.azimuths, turn.shown.azimuths[turn.chosen]) and turn.chosen[0] == 0
 
 
 def test_a_view_is_made_anew_alone_and_each_draw_differs(installed, picture):
