@@ -8,6 +8,7 @@ Held out: PSNR on white and GMSD (0 is best) of the splats against true pictures
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ def loop(seed: int, family: int, iterations: int, strength: float) -> tuple[list
     thing = objects.make(seed, family)
     elevation = float(np.random.default_rng(seed).uniform(*turntables.ELEVATIONS))
     p = recipes.Im3d(generate=recipes.Generate(model="kiln-tiny-turntable"), fit=recipes.FitImages(iterations=iterations, splats=5000))
-    color, alpha = turntables.picture(thing, turntables.cameras(1, elevation, 4 * SIZE)[0])
+    color, alpha = turntables.picture(thing, Orbit.turn(1, elevation, turntables.FOV).cameras(4 * SIZE)[0])
     picture = Picture(np.dstack([color, alpha]).astype(np.float32))
     turn = generate(picture.rgba, p.generate, seed)
     orbit = Orbit.turn(len(turn.frames), elevation, turntables.FOV)
@@ -77,7 +78,7 @@ def loop(seed: int, family: int, iterations: int, strength: float) -> tuple[list
     refined, _ = fit_images(second, p.fit, seed, splats, after, None)
 
     step = 360 / len(turn.frames)
-    between = turntables.cameras(len(turn.frames), elevation, SIZE, start=step / 2)
+    between = replace(orbit, azimuths=orbit.azimuths + step / 2).cameras(SIZE)
     truth = np.stack([turntables.picture(thing, camera)[0] for camera in between])
     row = [agree(without, first), agree(refined, second)]
     row += [held_out(one, between, truth)[0] for one in (without, refined)]

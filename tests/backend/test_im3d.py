@@ -1,0 +1,151 @@
+"""`im3d`: from a picture, or from views of one's own, to a mesh that stands where it should; what is done is not done again."""
+
+import json
+
+import numpy as np
+import pytest
+import trimesh
+from PIL import Image
+
+from backend.pipelines.asset import coded
+from backend.pipelines.im3d import as_views, im3d, numbers, parts
+from backend.pipelines.run import Run
+from backend.train import objects, turntables
+from backend.views.orbit import Orbit
+from backend.views.picture import Picture
+from protocol import recipes
+from protocol.errors import KilnError
+
+TINY = {
+    "generate.model": "kiln-tiny-turntable", "generate.steps": 3, "generate.matte": "border", "iterate.rounds": 1, "iterate.steps": 2,
+    "fit.start": 500, "fit.splats": 800, "fit.iterations": 60, "fit.features": "gradients", "surface.grid": 32, "surface.faces": 400,
+    "texture.size": 64, "orbit.estimate": False,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def thing():
+    return objects.make(900_000, objects.TRAINING[3])
+
+
+@pytest.fixture(scope="module")
+def picture(thing, tmp_path_factory):
+    """A folder of inputs with a picture of an object that the model never saw."""
+    folder = tmp_path_factory.mktemp("picture")
+    color, alpha = turntables.picture(thing, Orbit.turn(1, 15.0, turntables.FOV).cameras(128)[0])
+    Image.fromarray(coded(np.dstack([color, alpha]))).save(folder / "image.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    return tmp_path_factory.mktemp("stages")
+
+
+@pytest.fixture(scope="module")
+def made(picture, stages, tmp_path_factory):
+    """The results of a picture, and the stages of the run."""
+    return results(picture, stages, {}, tmp_path_factory.mktemp("made"))
+
+
+def results(folder, stages, values, out):
+    run = Run(stages)
+    im3d(run, folder, recipes.make("im3d", {**TINY, **values})).save(out)
+    return out, run
+
+
+def views_in(folder):
+    return np.stack([np.asarray(Image.open(path), np.float32) / 255 for path in sorted(folder.glob("view_*.png"))])
+
+
+def test_a_picture_becomes_an_asset_that_stands_on_the_ground_one_metre_long(made):
+    out, _ = made
+    mesh = trimesh.load(out / "mesh.glb", force="mesh")  # Y up
+    assert 0 < len(mesh.faces) <= 400 and mesh.is_watertight
+    assert mesh.extents.max() == pytest.approx(1.0, rel=1e-4)
+    assert mesh.bounds[0][1] == pytest.approx(0, abs=1e-4)
+    assert np.allclose((mesh.bounds[0] + mesh.bounds[1])[[0, 2]], 0, atol=1e-4)
+    report = json.loads((out / "report.json").read_text())
+    assert report["recipe"] == "im3d" and len(report["agreement"]) == 2
+    assert report["evaluations"] == 3 + 2  # the small model needs no guidance: one evaluation a step
+    assert (out / "turntable.png").exists() and len(views_in(out)) == 16
+
+
+def test_the_input_view_stays_the_input(made, picture):
+    out, _ = made
+    given = np.asarray(Image.open(picture / "image.png").convert("RGBA"), np.float32) / 255
+    first = views_in(out)[0]
+    cover = first[..., 3] > 0.9
+    assert given[..., 3].mean() > 0.02 and cover.mean() > 0.02
+    mean = (given[..., :3] * given[..., 3:]).sum((0, 1)) / given[..., 3].sum()
+    assert np.abs(first[cover][:, :3].mean(0) - mean).max() < 0.03
+
+
+def test_a_view_made_anew_and_a_view_replaced_change_and_the_rest_is_found_done(made, picture, stages, tmp_path):
+    before, first = made
+    assert first.cached == []
+    again = {"generate.rerolls": "5", "generate.only": True, "iterate.rounds": 0}
+    folder = tmp_path / "inputs"
+    folder.mkdir()
+    (folder / "image.png").write_bytes((picture / "image.png").read_bytes())
+    own = np.zeros((64, 64, 4), np.uint8)
+    own[16:48, 24:40] = (200, 30, 30, 255)
+    Image.fromarray(own).save(folder / "replace_009.png")
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "edited").mkdir()
+    plain, _ = results(picture, stages, {"generate.only": True}, tmp_path / "plain")
+    edited, run = results(folder, stages, again, tmp_path / "edited")
+    assert "Generate views" in run.cached
+    changed = np.abs(views_in(plain) - views_in(edited)).max((1, 2, 3)) > 0.02
+    assert np.flatnonzero(changed).tolist() == [5, 9]
+    replaced = views_in(edited)[9]
+    assert np.abs(replaced[replaced[..., 3] > 0.9][:, :3].mean(0) - np.array([200, 30, 30]) / 255).max() < 0.05
+    assert not (edited / "mesh.glb").exists()
+
+
+def test_ones_own_turntable_needs_no_generator(thing, stages, tmp_path):
+    frames, _ = turntables.turntable(thing, 25.0, 64, 8)
+    for index, frame in enumerate(frames):
+        Image.fromarray(coded(frame)).save(tmp_path / f"view_{index:03d}.png")
+    out = tmp_path / "out"
+    out.mkdir()
+    _, run = results(tmp_path, stages, {"generate.model": "wan2.1-orbit", "orbit.elevation": 25.0, "fit.iterations": 150}, out)
+    report = json.loads((out / "report.json").read_text())
+    assert report["evaluations"] == 0 and report["orbit"]["elevation"] == 25.0 and report["agreement"][0] > 18
+    assert not any("Generate" in name or "Refine" in name for name in run.seconds)
+
+
+def test_a_model_that_is_not_installed_is_named_with_size_and_licence(picture, tmp_path, monkeypatch):
+    monkeypatch.setenv("KILN_WEIGHTS", str(tmp_path))
+    with pytest.raises(KilnError) as caught:
+        im3d(Run(), picture, recipes.make("im3d", {**TINY, "generate.model": "wan2.1-orbit"}))
+    assert caught.value.code == "no-weights"
+    told = f"{caught.value.message} {caught.value.hint}"
+    assert "GB" in told and "Apache-2.0" in told and "kiln weights pull" in told
+
+
+def test_neither_picture_nor_words_is_said(tmp_path):
+    with pytest.raises(KilnError, match="neither a picture nor a prompt"):
+        im3d(Run(), tmp_path, recipes.make("im3d", TINY))
+
+
+def test_the_paper_refines_after_500_and_1000_of_1200_steps():
+    assert parts(1200, 2) == [500, 500, 200]
+    assert parts(1200, 0) == [1200]
+    assert sum(parts(777, 3)) == 777
+
+
+def test_numbers_of_views():
+    assert numbers(" 3, 7 7", 16) == [3, 7, 7]
+    assert numbers("", 16) == []
+    for wrong in ("16", "-1", "two"):
+        with pytest.raises(KilnError, match="There is no view"):
+            numbers(wrong, 16)
+
+
+def test_the_view_nearest_to_the_picture_is_the_picture():
+    orbit = Orbit(np.array([90.0, 180.0, 270.0, 360.0]), 10.0, 33.8, 2.0)  # as SV3D's: the input view is the last
+    frames, alpha = np.full((4, 8, 8, 3), 0.5, np.float32), np.ones((4, 8, 8), np.float32)
+    views = as_views(frames, alpha, orbit, Picture(np.zeros((8, 8, 4), np.float32)))
+    assert views.images[3].max() == 0 and views.alpha[3].max() == 0
+    assert views.images[:3].min() == 0.5 and views.alpha[:3].min() == 1
