@@ -74,6 +74,8 @@ def is_warm() -> bool:
 def release() -> None:
     """Gives all memory of the loaded generator back."""
     global _warm
+    if _warm is None:
+        return
     _warm = None
     gc.collect()
     torch = sys.modules.get("torch")
@@ -258,13 +260,6 @@ def _sv3d(one: weights.Entry, device: str, plan: weights.Plan, progress: Progres
     return load(weights.folder(one.id) / "sv3d_p.safetensors", Place(device, dtype(plan), plan.offload), progress=progress)
 
 
-def _zero123plus(one: weights.Entry, device: str, plan: weights.Plan, progress: Progress) -> Any:
-    from .memory import Place
-    from .zero123plus import load
-
-    return load(weights.folder(one.id), Place(device, dtype(plan), plan.offload), progress=progress)
-
-
 def _mv_adapter(one: weights.Entry, device: str, plan: weights.Plan, progress: Progress) -> Any:
     from .memory import Place
     from .mv_adapter import load
@@ -279,7 +274,6 @@ OPENERS: dict[str, Callable[[weights.Entry, str, weights.Plan, Progress], Any]] 
     "wan": _wan,
     "wan-lora": _wan,
     "sv3d": _sv3d,
-    "zero123plus": _zero123plus,
     "mv-adapter": _mv_adapter,
     "flux2-klein": _flux2_klein,
 }

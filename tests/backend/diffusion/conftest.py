@@ -29,17 +29,16 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def installed(models, monkeypatch):
-    """The models stand in the registry, nothing is loaded before or after. Returns the pipelines that they were saved from."""
+    """The models stand in the registry. Returns the pipelines that they were saved from. What a test loads stays for the next one."""
     from backend import weights
-    from backend.diffusion import loading, wan
+    from backend.diffusion import wan
 
     root, pipes = models
     monkeypatch.setattr(weights, "SHIPPED", root)
     monkeypatch.setenv("KILN_WEIGHTS_REGISTRY", str(root / "weights.toml"))
     for id in ("plain", "video", "turning"):
         monkeypatch.setitem(wan.SPECS, id, wan.Spec(FRAMES, SIZE, 2.0, None, "{subject}", "blurry", scale=0.7, even=id == "plain"))
-    yield pipes
-    loading.release()
+    return pipes
 
 
 @pytest.fixture

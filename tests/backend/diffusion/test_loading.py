@@ -37,6 +37,7 @@ def test_one_generator_stays_loaded_and_makes_room_for_another(installed):
 
 def test_the_memory_plan_is_told(installed):
     told = []
+    loading.release()
     loading.load("plain", lambda fraction, text="", preview=None: told.append(text))
     assert "needs 0.1 GB" in told[0] and any("transformer" in text for text in told)
 
@@ -107,6 +108,7 @@ def test_weights_that_are_not_here_are_named(monkeypatch, tmp_path):
 
 def test_too_little_memory_is_said_before_anything_is_loaded(installed, monkeypatch):
     monkeypatch.setenv("KILN_DEVICE_GB", "0.05")
+    loading.release()
     with pytest.raises(KilnError, match="needs 0.1 GB") as refused:
         loading.load("plain")
     assert refused.value.code == "out-of-memory" and not loading.is_warm()
