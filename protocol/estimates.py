@@ -36,7 +36,6 @@ class Model(NamedTuple):
 
 MODELS = {
     "kiln-tiny-turntable": Model(64, 0.4, 0.02, 1.2e9),
-    "zero123plus": Model(320, 20, 0.15, 8e9),
     "mv-adapter-sdxl": Model(768, 150, 0.8, 15e9),
     "sv3d-p": Model(576, 200, 1.0, 10e9),
     "wan2.1-orbit": Model(480, 12_000, 8.0, 45e9),

@@ -252,7 +252,6 @@ TURNTABLES = {
     "wan2.1-orbit": "Wan 2.1 image-to-video, 14B, with an orbit LoRA: best quality, Apache licence, 16 GB of GPU memory or more",
     "sv3d-p": "Stable Video 3D: exact cameras; Stability's licence, which may exclude commercial use",
     "mv-adapter-sdxl": "MV-Adapter on SDXL: six exact views on smaller cards; OpenRAIL++ licence",
-    "zero123plus": "Zero123++ 1.2: six exact views on 6 GB; its licence excludes commercial use",
     "kiln-tiny-turntable": "Kiln's own small model, 64 px, for trying things out: it is installed and runs anywhere",
 }
 

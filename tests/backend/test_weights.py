@@ -357,8 +357,11 @@ def test_another_licence_is_asked_for_again(hub, tmp_path, monkeypatch):
     refusal("licence-needed", fetch.pull, "plain")
 
 
-def test_the_terms_tell_size_memory_licence_territory_and_commerce():
-    text = weights.terms(weights.entry("zero123plus-v1.2"))
+def test_the_terms_tell_size_memory_licence_territory_and_commerce(tmp_path, monkeypatch):
+    licence = {"name": "CC-BY-NC-4.0", "url": "https://creativecommons.org/licenses/by-nc/4.0/", "commercial": "no"}
+    entry = {"id": "views", "source": "a/b", "about": 5_580_000_000, "patterns": ["*"], "memory": {"fp16": 6.0}, "licence": licence}
+    monkeypatch.setenv("KILN_WEIGHTS_REGISTRY", str(registry(tmp_path / "r.toml", entry)))
+    text = weights.terms(weights.entry("views"))
     for part in ("5.6 GB", "fp16 6 GB", "CC-BY-NC-4.0", "not allowed", "worldwide"):
         assert part in text
     assert "stabilityai/sv3d" in weights.terms(weights.entry("sv3d-p")).partition("Login")[2]
