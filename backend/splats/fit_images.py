@@ -38,23 +38,26 @@ BACKGROUND = 1.0  # white: what generated pictures stand on, so that their edges
 
 @dataclass(frozen=True)
 class Cameras:
-    """How fast cameras move, in what Adam changes a step at the most while all steps go one way; all fall to `end` of it.
+    """How far cameras may go in a whole fit if all steps went one way at the first rate; they step when every view has been looked at.
 
-    rest: share of the fit, at its start, for which they stand still: there is nothing to align with yet.
+    azimuth, elevation: degrees. focal: of the logarithm of the focal length. rest: share of the fit, at its start, for which they stand
+    still: there is nothing to align with yet. focal_rest: the same of the focal length, which shows in little but what the elevation shows
+    too. end: factor on the rates at the end.
     """
 
-    azimuth: float = 0.1  # degrees
-    elevation: float = 0.1  # degrees
-    focal: float = 0.004  # of the logarithm
+    azimuth: float = 12.0
+    elevation: float = 100.0
+    focal: float = 4.0
     rest: float = 0.05
-    end: float = 0.05
+    focal_rest: float = 0.3
+    end: float = 0.02
 
 
 CAMERAS = Cameras()
-# Between views that disagree splats have less to find than between exact ones, but farther to go.
-SCHEDULE = replace(shared.SCHEDULE, mean_rate=2e-3, growth_end=0.7)
+BALL, EXTENT = 0.5, 0.04  # unit frame: radius of the ball in which Gaussians start, and their standard deviation
+SCHEDULE = replace(shared.SCHEDULE, mean_rate=6e-3, growth_end=0.7)  # they have far to go
 CONTINUED = 0.5  # of the schedule lies behind where a fit goes on from splats
-PIXELS_A_STEP = 2**15  # on the CPU: several small views a step, or one large one
+PIXELS_A_STEP = 2**13  # on the CPU: several small views a step, or one large one
 
 
 def fit_images(
@@ -114,12 +117,13 @@ def _threads(views: Views) -> Iterator[None]:
 
 
 def at_centre(count: int, random: np.random.Generator) -> Splats:
-    """Grey Gaussians in a small ball around the origin: IM-3D, appendix A.1."""
-    means = random.normal(0, 0.15, (count, 3))
+    """Grey Gaussians in a ball around the origin: IM-3D, appendix A.1, which does not tell how large a ball."""
+    means = random.normal(0, 1, (count, 3))
+    means *= BALL * random.random((count, 1)) ** (1 / 3) / np.linalg.norm(means, axis=1, keepdims=True)
     return Splats(
         means.astype(np.float32),
         np.tile(np.array([1, 0, 0, 0], np.float32), (count, 1)),
-        np.full((count, 3), np.log(0.03), np.float32),
+        np.full((count, 3), np.log(EXTENT), np.float32),
         np.full(count, np.log(OPACITY / (1 - OPACITY)), np.float32),
         np.zeros((count, 1, 3), np.float32),
     )
@@ -134,13 +138,13 @@ def _fit(engine, device, features, views: Views, p: recipes.FitImages, seed: int
     height, width = views.alpha.shape[1:]
     targets = _Targets(views, features if p.lpips_weight > 0 else None, device, progress)
     still = torch.tensor(np.stack([camera_numbers(camera) for camera in views.cameras]), device=device)
-    turn = None if orbit is None else _Turn(orbit, width, device)
     preview = shared.preview_camera(views.cameras)
 
     state = gpu._State(torch, device, engine, pack(start)[:, : len(start)])
     first_count, rounds = state.count, [step for step in range(p.densify_every, round(steps * SCHEDULE.growth_end) + 1, p.densify_every)]
     at_once = gpu.VIEWS_A_STEP if device.type == "cuda" else max(1, min(gpu.VIEWS_A_STEP, PIXELS_A_STEP // (width * height)))
     orders, at_once = shared.Orders(len(views), random), min(at_once, len(views))
+    turn = None if orbit is None else _Turn(orbit, width, device, steps * at_once / len(views))
     reported = time.monotonic()
     shown = reported - shared.PREVIEW_EVERY
     for step in range(steps):
@@ -157,7 +161,7 @@ def _fit(engine, device, features, views: Views, p: recipes.FitImages, seed: int
         done = behind + (1 - behind) * step / steps
         state.step(shared.rates(SCHEDULE, state.rows, done))
         if turn is not None:
-            turn.step(done)
+            turn.step(at_once, done)
         if step + 1 in rounds:
             if not torch.isfinite(loss):
                 raise KilnError(
@@ -176,7 +180,8 @@ def _fit(engine, device, features, views: Views, p: recipes.FitImages, seed: int
     result = state.matrix()
     if not np.isfinite(result).all():
         raise KilnError("fit-diverged", "The fit broke down: some splats are not numbers.", "Try another seed or fewer splats.")
-    return unpack(result, state.count), None if turn is None else turn.orbit()
+    splats = unpack(result, state.count)
+    return (splats, None) if turn is None else turn.settled(splats)
 
 
 class _Targets:
@@ -223,15 +228,15 @@ class _Turn:
     changes with f as if depths were scaled by 1 / f. That the Gaussians' shapes turn and stretch too is left out of the gradient.
     """
 
-    def __init__(self, orbit: Orbit, size: int, device):
+    def __init__(self, orbit: Orbit, size: int, device, rounds: float):
         self.before, self.size, self.device = orbit, size, device
         self.azimuths = torch.zeros(len(orbit.azimuths), dtype=torch.float64, requires_grad=True)  # degrees, to be added
         self.elevation = torch.zeros((), dtype=torch.float64, requires_grad=True)
         self.focal = torch.zeros((), dtype=torch.float64, requires_grad=True)  # logarithm of the factor on focal length and distance
-        self.rates = (CAMERAS.azimuth, CAMERAS.elevation, CAMERAS.focal)
-        self.adam = torch.optim.Adam(
-            [{"params": [one]} for one in (self.azimuths, self.elevation, self.focal)], betas=(0.9, 0.99), eps=1e-15
-        )
+        self.looked = 0  # at views, since the last step
+        self.rates = [travel / rounds for travel in (CAMERAS.azimuth, CAMERAS.elevation, CAMERAS.focal)]
+        groups = [{"params": [one]} for one in (self.azimuths, self.elevation, self.focal)]
+        self.adam = torch.optim.Adam(groups, betas=(0.8, 0.98), eps=1e-15)
 
     def orbit(self) -> Orbit:
         """As it stands."""
@@ -262,9 +267,7 @@ class _Turn:
 
     def _rotations(self, chosen: list[int]) -> Float[Tensor, "v 3 3"]:
         """Rows right, down, forward of each camera, as `Orbit.cameras` has them."""
-        gauge = torch.ones_like(self.azimuths)
-        gauge[0] = 0  # the first view says where azimuths are counted from
-        azimuths = torch.deg2rad(torch.from_numpy(self.before.azimuths) + gauge * self.azimuths)[chosen]
+        azimuths = torch.deg2rad(torch.from_numpy(self.before.azimuths) + self.azimuths)[chosen]
         elevation = torch.deg2rad(self.before.elevation + self.elevation).expand(len(chosen))
         across, along, up, out = azimuths.sin(), azimuths.cos(), elevation.sin(), elevation.cos()
         return torch.stack([
@@ -273,13 +276,36 @@ class _Turn:
             -out * across, out * along, -up,
         ], 1).reshape(-1, 3, 3)  # fmt: skip
 
-    def step(self, done: float) -> None:
+    def step(self, looked: int, done: float) -> None:
+        """After a look at so many views, with `done` of the schedule behind."""
+        self.looked += looked
+        if self.looked < len(self.azimuths):
+            return
+        self.looked -= len(self.azimuths)
         if done >= CAMERAS.rest:
             slower = CAMERAS.end ** ((done - CAMERAS.rest) / (1 - CAMERAS.rest))
             for group, rate in zip(self.adam.param_groups, self.rates, strict=True):
                 group["lr"] = rate * slower
+            self.adam.param_groups[2]["lr"] *= done >= CAMERAS.focal_rest
             self.adam.step()
+            with torch.no_grad():  # all azimuths at once turn the subject and nothing else
+                self.azimuths -= self.azimuths.mean()
         self.adam.zero_grad(set_to_none=True)
+
+    def settled(self, splats: Splats) -> tuple[Splats, Orbit]:
+        """Splats and orbit turned so that the first view's azimuth is what it was."""
+        orbit = self.orbit()
+        turn = float(orbit.azimuths[0] - self.before.azimuths[0])
+        half = np.radians(-turn) / 2
+        w, x, y, z = splats.quaternions.astype(np.float64).T
+        quaternions = np.stack([
+            np.cos(half) * w - np.sin(half) * z, np.cos(half) * x - np.sin(half) * y,
+            np.cos(half) * y + np.sin(half) * x, np.cos(half) * z + np.sin(half) * w,
+        ], 1)  # fmt: skip
+        across, along = np.cos(2 * half), np.sin(2 * half)
+        means = splats.means @ np.array([[across, along, 0], [-along, across, 0], [0, 0, 1]])
+        turned = replace(splats, means=means.astype(np.float32), quaternions=quaternions.astype(np.float32))
+        return turned, replace(orbit, azimuths=orbit.azimuths - turn)
 
 
 def _preview(engine: gpu.Engine, state, camera: Camera, device) -> Float[np.ndarray, "h w 3"]:
