@@ -410,7 +410,8 @@ class KILN_PT_generate(KilnPanel, bpy.types.Panel):
             values.update({"generate.steps": 0, "iterate.rounds": 0})
         expected = now.estimate(settings.recipe, values, getattr(subject, "count", None))
         draw_text(column, context, estimate_text(expected), "TIME")
-        if memory_warning(expected):
+        missing = missing_models(settings, recipe)
+        if memory_warning(expected) and not missing:  # of a model, its own line above tells
             draw_text(column, context, memory_warning(expected), "ERROR")
         header, body = column.panel("kiln_parameters", default_closed=True)
         header.label(text=f"Parameters ({len(changed)} changed)" if changed else "Parameters")
@@ -439,7 +440,6 @@ class KILN_PT_generate(KilnPanel, bpy.types.Panel):
             layout.progress(factor=done / total, text=f"Preparing {done / total:.0%}")
             draw_text(layout, context, f"Preparing {title}. Esc stops it.")
         else:
-            missing = missing_models(settings, recipe)
             if missing:
                 are = "is" if len(missing) == 1 else "are"
                 draw_text(layout, context, f"{' and '.join(missing)} {are} not installed: see above, or choose another model.", "ERROR")

@@ -238,6 +238,15 @@ def test_an_input_cannot_leave_its_folder(client, name):
     assert caught.value.code == "bad-input"
 
 
+def test_an_input_of_another_job_serves_by_its_hash(client):
+    first = submit(client)
+    again = client.submit("reconstruct", {}, {"transforms.json": first["inputs"]["transforms.json"], "more.png": b"more"})
+    assert again["inputs"] == {**first["inputs"], "more.png": hashlib.sha256(b"more").hexdigest()}
+    with pytest.raises(KilnError) as caught:
+        client.submit("reconstruct", {}, {"transforms.json": "0" * 64})
+    assert caught.value.code == "no-artifact"
+
+
 def test_the_same_submission_twice_is_one_job(service, client):
     first = submit(client, id="the-same")
     with service.client() as other:
