@@ -54,6 +54,7 @@ class MVAdapter:
 
     model = "mv-adapter-sdxl"
     any_elevation = False
+    azimuths = None  # the orbit has them
     guidance = 3.0
     views = len(AZIMUTHS)
 

@@ -8,8 +8,9 @@ scripts/sampling/configs/sv3d_p.yaml (preconditioning, sigmas 0.002 to 700, tria
 cos e sin a, sin e), z up; so a growing azimuth takes the camera to its own right, as in `Orbit`, whose azimuths these are.
 
 Departures. The solver is DPM-Solver++(2M), not Euler, so that 20 steps do. Frames are decoded by the image autoencoder that the file holds
-for the conditioning (`conditioner.embedders.1.encoder`), as ComfyUI and chenguolin/sv3d-diffusers do, frame by frame; the file's temporal
-decoder is left out. Frames are handed out in order of azimuth, the picture's own first.
+for the conditioning (`conditioner.embedders.1.encoder`), as ComfyUI and chenguolin/sv3d-diffusers do, frame by frame; the first stage's
+decoder is left out (the configuration calls it temporal, the size of the file says that it is none). Frames are handed out in order of
+azimuth, the picture's own first.
 """
 
 from __future__ import annotations
@@ -86,6 +87,7 @@ class SV3D:
 
     model = "sv3d-p"
     any_elevation = True
+    azimuths = None  # the orbit has them
     guidance = 2.5  # at the view opposite to the picture; 1 at the picture's own
 
     def __init__(self, unet: SV3DUNet, vae: AutoencoderKL, clip: CLIPVisionModelWithProjection, place: Place):

@@ -139,14 +139,16 @@ def first_guess(run: Run, frames: Float[np.ndarray, "k s s 3"], p: recipes.Orbit
 
 
 def as_views(frames: Float[np.ndarray, "k s s 3"], alpha: Float[np.ndarray, "k s s"], orbit: Orbit, picture: Picture | None) -> Views:
-    """Frames on white with their mattes as views; the one from where the input picture was taken is the input picture."""
+    """Frames on white with their mattes as views; the one from where the input picture was taken is the input picture, where the generator
+    says so by giving it back (of some, all views are their own)."""
     size = frames.shape[1]
     straight = np.clip((frames - (1 - alpha[..., None])) / np.maximum(alpha[..., None], 0.1), 0, 1).astype(np.float32)
     alpha = alpha.copy()
     nearest = int(np.abs((orbit.azimuths + 180) % 360 - 180).argmin())
     if picture is not None and abs((orbit.azimuths[nearest] + 180) % 360 - 180) < 1:
         given = picture.resized(size)
-        straight[nearest], alpha[nearest] = given[..., :3], given[..., 3]
+        if np.abs(given[..., :3] * given[..., 3:] + 1 - given[..., 3:] - frames[nearest]).mean() < 0.02:
+            straight[nearest], alpha[nearest] = given[..., :3], given[..., 3]
     return Views(orbit.cameras(size), straight, alpha, None, None, np.zeros(len(frames), bool), Frame(np.zeros(3), 1.0))
 
 

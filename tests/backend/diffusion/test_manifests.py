@@ -134,6 +134,17 @@ def test_an_index_of_shards_has_the_size_that_follows_from_the_names_in_it():
             assert 0 < headers < 200 * len(shapes)  # the rest is what the shards say of themselves
 
 
+def test_stable_video_3ds_file_is_as_large_as_its_parts():
+    """It has no configuration beside it. Its UNet, its two encoders and, which Kiln does not read, open_clip's text side and the decoder of
+    the first stage, an image decoder: with a temporal one the file would be 56 MB larger."""
+    parts = {part["part"]: part for part in MANIFESTS if part["entry"] == "sv3d-p"}
+    vae = build(parts["vae"]).state_dict()
+    decoder = sum(tensor.numel() for name, tensor in vae.items() if name.startswith(("decoder.", "post_quant_conv.")))
+    text = 49408 * 1024 + 77 * 1024 + 2 * 1024 + 1024 * 1024 + 1  # tokens, places, last norm, projection, scale
+    numbers = sum(part["parameters"] for part in parts.values()) + decoder + text
+    assert abs(4 * numbers - weights.entry("sv3d-p").bytes) < 5e6  # which is known to 10 MB
+
+
 def test_each_registry_entry_that_kiln_makes_a_network_of_has_a_manifest():
     known = {part["entry"] for part in MANIFESTS}
     elsewhere = {
