@@ -232,8 +232,9 @@ def settle(pipe: Any, device: str, plan: weights.Plan, large: str) -> bool:
     if max(sizes) <= room and not plan.offload:
         pipe.enable_model_cpu_offload(device=device)
     else:
+        ahead = torch.cuda.is_available()  # the next layer is on its way while one works
         pipe.enable_group_offload(
-            torch.device(device), torch.device("cpu"), offload_type="leaf_level", use_stream=True, low_cpu_mem_usage=True
+            torch.device(device), torch.device("cpu"), offload_type="leaf_level", use_stream=ahead, low_cpu_mem_usage=ahead
         )
     return False
 

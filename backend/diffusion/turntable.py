@@ -1,6 +1,6 @@
 """Turntables: a generator makes pictures of a subject from all around out of one picture of it, or makes given ones agree with what it has
 learnt (IM-3D, sections 3.1 and 3.4). Here are the interface that every generator has and the three stages that a pipeline calls; generators
-are in wan.py, sv3d.py, zero123plus.py and mv_adapter.py, and loading.py loads them.
+are in wan.py, sv3d.py and mv_adapter.py, and loading.py loads them.
 
 Pictures that go into a generator are straight RGBA with a square side, pictures that come out RGB on white, all float32 sRGB in [0, 1].
 A generator always makes all of its frames. The views, which the splats are fitted to, are chosen among them, evenly in azimuth.

@@ -19,6 +19,7 @@ from PIL import Image
 
 from backend import weights
 from backend.diffusion import loading
+from backend.diffusion.frames import on_background
 from backend.progress import Progress, silent
 from backend.views.orbit import Orbit
 from protocol.errors import KilnError
@@ -152,7 +153,7 @@ class WanTurntable:
         if frames is not None and frames.shape != (self.views, self.size, self.size, 3):
             raise ValueError(f"frames of {frames.shape}")
         try:
-            first = on_white(picture, self.size)
+            first = on_background(picture, self.size)
             noise = self._noise(seed)
             known = None
             if frames is not None and (strength < 1 or keep.any()):
@@ -318,17 +319,6 @@ class WanTurntable:
         some = some.float() * self._std.to(some.device) + self._mean.to(some.device)
         views = vae.decode(some.to(vae.dtype), return_dict=False)[0].float()[:, :, 0].permute(0, 2, 3, 1).cpu().numpy()
         return np.concatenate(list((views + 1) / 2), 1)
-
-
-def on_white(picture: Float[np.ndarray, "h h 4"], size: int) -> Float[np.ndarray, "s s 3"]:
-    """The picture on white, `size` pixels wide."""
-    alpha = picture[..., 3:]
-    flat = np.ascontiguousarray(picture[..., :3] * alpha + (1 - alpha), np.float32)
-    if flat.shape[0] != size:
-        flat = np.stack(
-            [np.asarray(Image.fromarray(flat[..., band]).resize((size, size), Image.Resampling.LANCZOS)) for band in range(3)], -1
-        )
-    return flat.clip(0, 1)
 
 
 def _fuse(pipe: WanImageToVideoPipeline, folder: Path, scale: float) -> None:

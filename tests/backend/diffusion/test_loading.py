@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,14 @@ from safetensors.torch import load_file
 
 from backend import weights
 from backend.diffusion import loading, turntable
-from backend.diffusion.wan import WanTurntable
+from backend.diffusion.wan import Spec, WanTurntable
 from backend.jobs import Jobs
 from backend.store import Store
 from backend.worker import read_frame, write_frame
 from protocol import recipes
 from protocol.errors import KilnError
 from tests.backend.diffusion import held_recipe
+from tests.backend.diffusion.small_models import FRAMES, SIZE, wan_pipeline
 
 
 def test_one_generator_stays_loaded_and_makes_room_for_another(installed):
@@ -181,6 +183,18 @@ def test_an_idle_worker_gives_their_memory_back(tmp_path):
         assert any(b"given back" in line for line in worker.stderr)
         assert found("two") == ["cold"]
         worker.stdin.close()
+
+
+def test_parts_that_take_turns_in_memory_make_the_same_views(picture, monkeypatch):
+    plan, views = weights.Plan("fp32", False, 0, 1.0, ""), []
+    part = 300_000  # bytes: room for any part, not for all of them
+    for room, offload, way in ((10**9, False, "all"), (part, False, "parts"), (0, False, "layers"), (part, True, "layers")):
+        pipe = wan_pipeline(True, True)
+        monkeypatch.setattr(loading, "free_bytes", lambda device, room=room: loading.WORKING_BYTES + room)
+        assert loading.settle(pipe, "cpu:0", replace(plan, offload=offload), "transformer") == (way == "all")
+        assert hasattr(pipe.vae, "_hf_hook") == (way == "parts") and hasattr(pipe.vae.quant_conv, "_diffusers_hook") == (way == "layers")
+        views.append(WanTurntable("small", pipe, Spec(FRAMES, SIZE, 1.0)).generate(picture, "a red ball", None, 2, 1.0, 1))
+    assert all(np.array_equal(views[0], other) for other in views[1:])
 
 
 def test_half_and_quarter_precision_make_nearly_the_same_views(installed, picture):
