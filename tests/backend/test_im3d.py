@@ -146,6 +146,9 @@ def test_numbers_of_views():
 def test_the_view_nearest_to_the_picture_is_the_picture():
     orbit = Orbit(np.array([90.0, 180.0, 270.0, 360.0]), 10.0, 33.8, 2.0)  # as SV3D's: the input view is the last
     frames, alpha = np.full((4, 8, 8, 3), 0.5, np.float32), np.ones((4, 8, 8), np.float32)
+    own = as_views(frames, alpha, orbit, Picture(np.zeros((8, 8, 4), np.float32)))
+    assert own.images[3].min() == 0.5 and own.alpha[3].min() == 1  # a generator's view of its own (MV-Adapter's front) stays
+    frames[3] = 1.0  # the picture, given back on white
     views = as_views(frames, alpha, orbit, Picture(np.zeros((8, 8, 4), np.float32)))
     assert views.images[3].max() == 0 and views.alpha[3].max() == 0
     assert views.images[:3].min() == 0.5 and views.alpha[:3].min() == 1
