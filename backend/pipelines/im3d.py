@@ -56,7 +56,7 @@ def im3d(run: Run, folder: Path, p: recipes.Im3d) -> PictureAsset | TurntableAss
     if alpha is None:
         alpha = run.stage("Cut out the views", matte, frames, p.generate.matte)
     exact = turn is not None and turn.calibrated
-    orbit = turn.orbit if exact else first_guess(run, frames, p.orbit)
+    orbit = turn.orbit if exact else first_guess(run, frames, p.orbit, turn)
     views = as_views(frames, alpha, orbit, picture)
     if p.generate.only:
         return TurntableAsset(views, {**run.report(p), "evaluations": turn.evaluations if turn else 0})
@@ -115,7 +115,8 @@ def edited(run: Run, turn: Turn, picture: Picture, folder: Path, p: recipes.Im3d
     drawn_before: dict[int, int] = {}
     for view in numbers(p.generate.rerolls, len(turn.frames)):
         drawn_before[view] = draw_number = drawn_before.get(view, 0) + 1
-        turn = run.stage(f"Generate view {view} anew", reroll, turn, view, draw_number, picture, p.generate, p.seed)
+        chosen = replace(p.generate, rerolls="", only=False)
+        turn = run.stage(f"Generate view {view} anew", reroll, turn, view, draw_number, picture.rgba, chosen, p.seed)
     frames = turn.frames.copy()
     for path in sorted(folder.glob("replace_*")):
         (view,) = numbers(path.stem.removeprefix("replace_"), len(frames))
@@ -132,10 +133,11 @@ def numbers(text: str, count: int) -> list[int]:
     return [int(word) for word in words]
 
 
-def first_guess(run: Run, frames: Float[np.ndarray, "k s s 3"], p: recipes.Orbit) -> Orbit:
-    """Equal steps at the elevation that the network sees (appendix A.1), or at the given one."""
+def first_guess(run: Run, frames: Float[np.ndarray, "k s s 3"], p: recipes.Orbit, turn: Turn | None) -> Orbit:
+    """The turn's azimuths, equal steps where there is none, at the elevation that the network sees (appendix A.1), or at the given one."""
     height = run.stage("Estimate the elevation", elevation.estimate, frames) if p.estimate else p.elevation
-    return Orbit.turn(len(frames), height, p.fov)
+    guess = Orbit.turn(len(frames), height, p.fov)
+    return guess if turn is None else replace(guess, azimuths=turn.orbit.azimuths)
 
 
 def as_views(frames: Float[np.ndarray, "k s s 3"], alpha: Float[np.ndarray, "k s s"], orbit: Orbit, picture: Picture | None) -> Views:
