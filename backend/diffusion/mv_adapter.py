@@ -182,7 +182,7 @@ class MVAdapter:
         return np.stack([_regrounded(frame, GREY, 1.0) for frame in film])
 
 
-def load(file: Path, base: Path, vae: Path, place: Place, size: int = SIZE, progress: Progress = silent) -> MVAdapter:
+def load(file: Path, base: Path, vae: Path, place: Place, size: int | None = None, progress: Progress = silent) -> MVAdapter:
     """The generator out of MV-Adapter's `file`, SDXL's folder and its autoencoder's, all as they are published. KilnError "bad-weights"
     where the file does not fit the UNet in `base`."""
     parts: dict[str, Any] = {}
@@ -209,7 +209,7 @@ def load(file: Path, base: Path, vae: Path, place: Place, size: int = SIZE, prog
         network.load_state_dict(found, strict=False)
     for network in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, encoder):
         network.to(place.dtype).eval().requires_grad_(False)
-    return MVAdapter(pipe, encoder, place, size)
+    return MVAdapter(pipe, encoder, place, size or SIZE)
 
 
 def shifted(kept: Float[Tensor, "t"]) -> Float[np.ndarray, "t"]:

@@ -198,9 +198,10 @@ class SV3D:
             return np.roll(decode(self.vae, latents / scale, progress), 1, 0)
 
 
-def load(file: Path, place: Place, parts: Parts = AS_PUBLISHED, progress: Progress = silent) -> SV3D:
+def load(file: Path, place: Place, parts: Parts | None = None, progress: Progress = silent) -> SV3D:
     """The generator in `file`, of the published layout (sgm). Raises KilnError "bad-weights" where a tensor is missing, unknown or of
-    another shape than `parts` says."""
+    another shape than `parts`, or what was published, says."""
+    parts = parts or AS_PUBLISHED
     with torch.device("meta"):
         unet = SV3DUNet.from_config(parts.unet)
         vae = AutoencoderKL.from_config(parts.vae)

@@ -205,3 +205,19 @@ def mv_adapter(root):
                         adapter[f"{leaf}.bias"] = 0.1 * torch.randn(width)
     save_file(adapter, root / "mvadapter_i2mv_sdxl.safetensors")
     return pipe, encoder
+
+
+def register(folder, monkeypatch, *entries):
+    """Weights that are already here, as the registry knows them: (id, class, their folder, more of the entry)."""
+    from backend import weights
+
+    shipped = folder / "shipped"
+    shipped.mkdir()
+    lines = []
+    for id, kind, where, more in entries:
+        (shipped / id).symlink_to(where)
+        lines += ["[[entry]]", f'id = "{id}"', f'title = "Small {id}"', 'purpose = "Tests."', f'class = "{kind}"', "bundled = true", more]
+        lines += ["memory = { fp32 = 0.1 }", 'licence = { name = "none", url = "", commercial = "yes" }', ""]
+    (folder / "weights.toml").write_text("\n".join(lines))
+    monkeypatch.setattr(weights, "SHIPPED", shipped)
+    monkeypatch.setenv("KILN_WEIGHTS_REGISTRY", str(folder / "weights.toml"))

@@ -8,11 +8,12 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from safetensors.torch import load_file, save_file
 
-from backend.diffusion import mv_adapter
+from backend.diffusion import loading, mv_adapter
 from backend.diffusion.memory import Place
 from backend.nets.mv_attention import MultiViewAttention, Reference
 from protocol.errors import KilnError
 from tests.backend.diffusion.published import mv_adapter as write_small
+from tests.backend.diffusion.published import register
 
 SIZE = 64
 
@@ -188,3 +189,18 @@ def test_a_file_that_does_not_fit_is_named(written, tmp_path):
     with pytest.raises(KilnError, match="1 tensors, adapter.conv_in.weight among them") as caught:
         mv_adapter.load(tmp_path / mv_adapter.FILE, root / "sdxl", root / "vae", Place(), SIZE)
     assert caught.value.code == "bad-weights"
+
+
+def test_the_registry_loads_it_offline_and_keeps_it(written, tmp_path, monkeypatch, picture):
+    root = written[0]
+    monkeypatch.setattr(mv_adapter, "SIZE", SIZE)
+    (root / "adapter").mkdir()
+    (root / "adapter" / mv_adapter.FILE).symlink_to(root / mv_adapter.FILE)
+    needs = 'needs = ["sdxl", "vae"]'
+    base, vae = ("sdxl", "sdxl", root / "sdxl", ""), ("vae", "sdxl-vae", root / "vae", "")
+    register(tmp_path, monkeypatch, base, vae, ("mv-adapter-sdxl", "mv-adapter", root / "adapter", needs))
+    model = loading.load("mv-adapter-sdxl")
+    assert loading.load("mv-adapter-sdxl") is model and isinstance(model, mv_adapter.MVAdapter)
+    frames = model.generate(picture, "", model.orbit, 1, 1.0, 7)
+    assert frames.shape == (model.views, SIZE, SIZE, 3) and len(model.orbit.azimuths) == model.views
+    loading.release()

@@ -10,11 +10,11 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint, con
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from backend.diffusion import sv3d
+from backend.diffusion import loading, sv3d
 from backend.diffusion.frames import on_background
 from backend.diffusion.memory import Place
 from protocol.errors import Cancelled, KilnError
-from tests.backend.diffusion.published import SMALL_SV3D
+from tests.backend.diffusion.published import SMALL_SV3D, register
 from tests.backend.diffusion.published import sv3d as write_small
 
 
@@ -195,3 +195,14 @@ def test_a_file_that_does_not_fit_is_named(written, tmp_path, change, words):
     with pytest.raises(KilnError, match=words) as caught:
         sv3d.load(tmp_path / sv3d.FILE, Place(), SMALL_SV3D)
     assert caught.value.code == "bad-weights"
+
+
+def test_the_registry_loads_it_offline_and_keeps_it(written, tmp_path, monkeypatch, picture):
+    monkeypatch.setattr(sv3d, "AS_PUBLISHED", SMALL_SV3D)
+    register(tmp_path, monkeypatch, ("sv3d-p", "sv3d", written[0].parent, ""))
+    model = loading.load("sv3d-p")
+    assert loading.load("sv3d-p") is model and isinstance(model, sv3d.SV3D)
+    torch.testing.assert_close(model.unet.conv_in.weight, written[1][0].conv_in.weight, rtol=0, atol=0)
+    frames = model.generate(picture, "", model.orbit, 1, 1.0, 7)
+    assert frames.shape == (model.views, model.size, model.size, 3) and len(model.orbit.azimuths) == model.views
+    loading.release()
