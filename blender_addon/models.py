@@ -18,7 +18,6 @@ from .protocol.errors import KilnError
 
 TICK = 0.5  # seconds between two looks whether to ask
 LOOK = 10.0  # seconds after which what is looked at is asked for again
-SEEN = 2.0  # seconds that a drawn list counts as looked at
 HERE = ("installed", "bundled")
 ACTIVE = ("waiting", "running", "cancelling")
 ICONS = {"installed": "CHECKMARK", "bundled": "CHECKMARK", "partial": "PAUSE", "missing": "IMPORT", "damaged": "ERROR"}
@@ -98,7 +97,7 @@ class Models:
             self.entries, self.waits, self.asked = {}, False, 0.0
         if self.waits or now.backend["state"] != "running":
             return False
-        return clock - self.asked >= (TICK if self.active else LOOK if clock - self.seen < SEEN else float("inf"))
+        return clock - self.asked >= (TICK if self.active else LOOK if self.seen > self.asked else float("inf"))  # drawn since
 
     def order(self, order: str, id: str, **values) -> None:
         """Has the backend change something, and shows what comes of it."""

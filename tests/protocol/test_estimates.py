@@ -66,6 +66,7 @@ def test_more_cores_help_less_and_less():
 
 
 def test_a_turntable_costs_what_its_model_does_and_views_alone_cost_less():
+    assert set(estimates.MODELS) == set(recipes.TURNTABLES)
     given = recipes.values(recipes.make("im3d", {"generate.model": "kiln-tiny-turntable"}))
     whole, wan = estimates.estimate("im3d", given), estimates.estimate("im3d", {**given, "generate.model": "wan2.1-orbit"})
     assert whole.seconds < wan.seconds and whole.bytes < wan.bytes
