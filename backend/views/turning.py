@@ -13,20 +13,23 @@ from jaxtyping import Float, Int
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-COARSE, FINE = 24, 64  # pixels a side at which frames are compared, and at which their parts are followed
+from .coherence import unexplained
+
+COARSE, FINE = 24, 64  # pixels a side at which frames are compared, and at which their silhouettes are
 AGAIN = 0.6  # a frame that differs from the first by less than this times a step shows it again, or a step beyond it
 CONTRAST = 1.3  # of views from anywhere, to that of two neighbours, below which no view can be told to come again
 NEXT = 1.7  # a last frame that differs from the first by less than this times a step is the one before it
 REST = 0.08  # frames that change by less than this share of the typical change stand still
-SURE = 3.0  # standard errors by which a direction must show
-LEAP = 22.5  # degrees between the frames that are followed, at most where they lie closer
+MOST = 12  # frames whose silhouettes are compared
+HEIGHTS, LENS = np.arange(0.0, 46.0, 7.5), 40.0  # degrees, that silhouettes are tried with
+SURE, CLEAR = 2.0, 0.001  # how much worse the other direction must fit: times, and share of the silhouettes
 
 
 @dataclass(frozen=True)
 class Turning:
     """azimuths: degrees, frame 0 at 0, as in `orbit.Orbit`: growing where the camera moves to the right, or the subject's front to the
-    left. direction: 1 or -1, the sign of that, 0 where the pictures do not tell it (the azimuths then grow, and the mirrored turn is as
-    likely). closed: whether the first view was seen to come again."""
+    left. direction: 1 or -1, the sign of that, 0 where the silhouettes do not tell it (the azimuths then grow, and the turn the other way
+    is as likely). closed: whether the first view was seen to come again."""
 
     azimuths: Float[np.ndarray, "n"]
     direction: int
@@ -105,9 +108,10 @@ def _period(apart: Float[np.ndarray, "n n"], steps: Float[np.ndarray, "m"]) -> t
     begin = int(np.argmax(steps > 0))
     if step <= 1e-4:
         return float(count), False
-    lags = np.arange(count - begin)
     # the mean over the first few frames that have a partner: one alone may be spoiled
-    mean = np.array([np.mean([apart[begin + i, begin + i + lag] for i in range(min(3, count - begin - lag))]) for lag in lags])
+    mean = np.array(
+        [np.mean([apart[begin + i, begin + i + lag] for i in range(min(3, count - begin - lag))]) for lag in range(count - begin)]
+    )
     usual = float(np.median(mean[len(mean) // 4 : max(3 * len(mean) // 4, len(mean) // 4 + 1)]))
     limit = min(AGAIN * step, 0.5 * usual) if usual > CONTRAST * step else 0.0
     last = len(mean) - 1
@@ -125,37 +129,16 @@ def _period(apart: Float[np.ndarray, "n n"], steps: Float[np.ndarray, "m"]) -> t
 
 
 def _direction(frames: Float[np.ndarray, "n h w 3"], even: Float[np.ndarray, "n"]) -> int:
-    """1 where the subject's near side moves to the left, -1 where to the right, 0 where that does not show.
-
-    What is near the camera moves against its far side, and hides it: in the middle of the subject, its lower part first (from above, the
-    far part of its top is seen above the near one), patterns follow the near side. Each pair of frames votes by how much better they match
-    when moved to one side than to the other.
-    """
+    """1 or -1, for which the silhouettes of the first turn fit together better at some height; 0 where both fit."""
     small = _small(frames, FINE)
     behind = np.median(np.concatenate([small[:, 0].reshape(-1, 3), small[:, -1].reshape(-1, 3)]), 0)
-    solid = np.abs(small - behind).max(3).max(0) > 0.06
-    if solid.sum() < 40:
+    once = np.flatnonzero((even < 359.0) & (np.diff(even, prepend=-1.0) > 0))
+    some = once[np.unique(np.round(np.linspace(0, len(once) - 1, min(len(once), MOST))).astype(int))]
+    cover = 1 - np.exp(-16 * np.sqrt(((small[some] - behind) ** 2).mean(3)))
+    if len(some) < 4 or not (cover > 0.9).any():
         return 0
-    rows, columns = np.flatnonzero(solid.any(1)), np.flatnonzero(solid.any(0))
-    top, bottom = rows[0] + (rows[-1] - rows[0]) * 3 // 10, rows[-1] + 1
-    centre, reach = (columns[0] + columns[-1] + 1) // 2, max(3, (columns[-1] - columns[0]) * 3 // 10)
-    sharp = small - gaussian_filter(small, (0, 3, 3, 0))
-    most = max(2, int((columns[-1] - columns[0]) * 0.3))
-    step = float(np.median(np.diff(even)[np.diff(even) > 0])) if (np.diff(even) > 0).any() else 360.0 / len(frames)
-    leap = max(1, int(LEAP / max(step, 1e-6) + 0.5))
-    votes = []
-    for index in range(0, len(frames) - leap, max(1, leap // 2)):
-        one, other = sharp[index], sharp[index + leap]
-        low, high = max(centre - reach, 0), min(centre + reach, FINE)
-        patch = one[top:bottom, low:high]
-        match = {}
-        for move in range(-most, most + 1):
-            if low + move >= 0 and high + move <= FINE:
-                part = other[top:bottom, low + move : high + move]
-                match[move] = float((patch * part).sum() / max(np.sqrt((patch**2).sum() * (part**2).sum()), 1e-9))
-        left = max((value for move, value in match.items() if move < 0), default=0.0)
-        right = max((value for move, value in match.items() if move > 0), default=0.0)
-        votes.append(left - right)
-    spread = float(np.std(votes)) / max(np.sqrt(len(votes)), 1.0) + 0.003
-    score = float(np.mean(votes)) / spread
-    return 0 if abs(score) < SURE else 1 if score > 0 else -1
+    there, back = (float(unexplained(cover, sign * even[some], HEIGHTS, LENS).min()) for sign in (1.0, -1.0))
+    better, worse = min(there, back), max(there, back)
+    if worse < SURE * better + CLEAR:
+        return 0
+    return 1 if there < back else -1

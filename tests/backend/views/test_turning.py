@@ -7,6 +7,7 @@ import pytest
 
 from backend.train.objects import make
 from backend.train.turntables import picture
+from backend.views.coherence import unexplained
 from backend.views.orbit import Orbit
 from backend.views.turning import azimuths, choose, turning
 
@@ -76,3 +77,13 @@ def test_frames_are_chosen_evenly_and_once(turn):
     steps = np.abs(np.diff(at))
     assert steps.min() > 38 and steps.max() < 52
     assert len(choose(turn[:5], 8)[0]) == 5
+
+
+def test_silhouettes_fit_together_at_their_own_height_and_field_of_view(turn):
+    heights = np.arange(0.0, 46.0, 7.5)
+    cover = (np.abs(clip(np.arange(8) * 45.0, elevation=30.0, size=64) - 1).max(3) > 0.1).astype(np.float32)
+    at = np.arange(8) * 45.0
+    fits = unexplained(cover, at, heights, 40.0)
+    assert heights[fits.argmin()] == 30.0 and fits.min() < 0.01 < fits.max()
+    assert fits.min() < unexplained(cover, at, heights, 60.0).min()
+    assert fits.min() < 0.5 * unexplained(cover, -at, heights, 40.0).min()
