@@ -337,7 +337,7 @@ class RefineSurface:
     """The surface moved by the views, as a deformable tetrahedral grid (IM-3D, appendix A.5; Shen et al. 2021, DMTet)."""
 
     on: bool = _flag(False, "Optimise the surface against the views after marching cubes.")
-    iterations: int = _number(200, 20, 10_000, "Optimisation steps, one view each.", advanced=True)
+    iterations: int = _number(150, 20, 10_000, "Optimisation steps, one view each.", advanced=True)
     grid: int = _number(48, 12, 256, "Cubes of the tetrahedral grid across a ball with as much surface as the subject.", advanced=True)
 
 

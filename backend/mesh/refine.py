@@ -55,7 +55,7 @@ class Settings:
     structure: float = 1.0
     colour: float = 1.0
     robust: float = 0.25
-    fair: float = 3.0
+    fair: float = 1.5
     still: float = 0.1
     sources: int = 2
     among: int = 4
@@ -108,10 +108,9 @@ def refine(
 def _refined(
     surface: Mesh, seen: Views, p: recipes.RefineSurface, faces: int, seed: int, progress: Progress, device: str, settings: Settings
 ) -> Mesh:
-    progress(0.0, "Building the tetrahedral grid")
-    grid, distance = grid_around(surface, _cube(surface, p.grid), settings.rings)
+    grid, distance = grid_around(surface, _cube(surface, p.grid), settings.rings, _part(progress, 0.0, 0.05))
     field, pictures = _Field(grid, distance, device, settings), _Pictures(seen, device, settings, seed)
-    pictures.look(*_tensors(surface, device))
+    pictures.look(*_tensors(surface, device), _part(progress, 0.05, 0.1))
     before = pictures.mismatch
     reported = time.monotonic()
     for step in range(p.iterations):
@@ -121,7 +120,7 @@ def _refined(
                 return decimate(surface, faces)
         if step == 0 or time.monotonic() - reported > 0.3:
             reported = time.monotonic()
-            progress(0.05 + 0.8 * step / p.iterations, f"step {step} of {p.iterations}")
+            progress(0.1 + 0.75 * step / p.iterations, f"step {step} of {p.iterations}")
         values, offsets = field.leaves()
         vertices = field.vertices(values, offsets)
         loss = pictures.loss(vertices, field.faces, vertex_normals(vertices.detach(), field.faces))
@@ -132,10 +131,13 @@ def _refined(
     if len(made.faces) == 0:
         return decimate(surface, faces)
     made = drop_pieces(made, SMALLEST)
-    made = decimate(made, faces, lambda done, text="", preview=None: progress(0.87 + 0.1 * done, text))
-    progress(0.97, "Comparing silhouettes")
-    pictures.look(*_tensors(made, device))
+    made = decimate(made, faces, _part(progress, 0.87, 0.95))
+    pictures.look(*_tensors(made, device), _part(progress, 0.95, 1.0))
     return made if pictures.mismatch <= before else decimate(surface, faces)
+
+
+def _part(progress: Progress, start: float, stop: float) -> Progress:
+    return lambda done, text="", preview=None: progress(start + (stop - start) * done, text)
 
 
 def _cube(mesh: Mesh, cells: int) -> float:
@@ -224,10 +226,12 @@ class _Pictures:
         np.fill_diagonal(alike, -np.inf)
         self.nearest = np.argsort(-alike, axis=1, kind="stable")[:, : min(settings.among, len(eyes) - 1)]
 
-    def look(self, vertices: Float[torch.Tensor, "n 3"], faces: Int[torch.Tensor, "f 3"]) -> None:
+    def look(self, vertices: Float[torch.Tensor, "n 3"], faces: Int[torch.Tensor, "f 3"], progress: Progress) -> None:
         """Depth of a surface in all views, and by how many pixels its silhouettes miss theirs."""
-        normals = vertex_normals(vertices, faces)
-        shown = [see(vertices, faces, normals, lens) for lens in self.lenses]
+        normals, shown = vertex_normals(vertices, faces), []
+        for number, lens in enumerate(self.lenses):
+            progress(number / len(self.lenses), "Looking at the surface")
+            shown.append(see(vertices, faces, normals, lens))
         self.depths = torch.stack([one.depth for one in shown])
         self.mismatch = float(sum((one.cover - alpha).abs().sum() for one, alpha in zip(shown, self.alpha, strict=True)))
 

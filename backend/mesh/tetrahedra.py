@@ -16,11 +16,13 @@ from jaxtyping import Bool, Float, Int
 from scipy.spatial import cKDTree
 
 from backend.mesh.mesh import Mesh
+from backend.progress import Progress, silent
 
 EDGES = np.array([(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)])  # of a tetrahedron, as pairs of its corners
 SHORTEST = 3**0.5 / 2  # edge from a centre to a corner, in cubes; the other edges are 1
 SAMPLES = 3.0  # points on the surface for each cube that it passes, to find the nearest triangle by
 NEAREST = 6  # of these points are looked at
+BATCH = 20_000  # points between two reports
 LEAST = 1e-3  # cubes: a vertex keeps as much from the ends of its edge, or faces would have no area
 
 
@@ -41,25 +43,27 @@ class Grid:
         return self.origin + self.places * (self.cube / 2)
 
 
-def grid_around(mesh: Mesh, cube: float, rings: int) -> tuple[Grid, Float[np.ndarray, "n"]]:
+def grid_around(mesh: Mesh, cube: float, rings: int, progress: Progress = silent) -> tuple[Grid, Float[np.ndarray, "n"]]:
     """The tetrahedra that the surface cuts with `rings` rings of their neighbours, and the nodes' signed distance to the surface, negative
     inside. The mesh should be closed; inside is what it winds around."""
     vertices = mesh.vertices.astype(np.float64)
     margin = (rings + 2) * cube
     origin = vertices.min(0) - margin
     counts = np.ceil((vertices.max(0) + margin - origin) / cube).astype(int)
+    progress(0.0, "Building the tetrahedral grid")
     corners = _inside(vertices, mesh.faces, origin, cube, counts + 1)
     centres = _inside(vertices, mesh.faces, origin + cube / 2, cube, counts)
     diamonds = [_mixed(corners, centres, axis) for axis in range(3)]
     for _ in range(rings):
         near_corners, near_centres = _nodes_of(diamonds, corners.shape, centres.shape)
         diamonds = [_any(near_corners, near_centres, axis) for axis in range(3)]
+    progress(0.2, "Building the tetrahedral grid")
     grid = _build(diamonds, origin, cube, corners.shape, centres.shape)
     at_corner = (grid.places[:, 0] & 1) == 0
     inside = np.empty(len(grid.places), bool)
     inside[at_corner] = corners[tuple((grid.places[at_corner] // 2).T)]
     inside[~at_corner] = centres[tuple((grid.places[~at_corner] // 2).T)]
-    return grid, distance_to(mesh, grid.nodes, cube) * np.where(inside, -1, 1)
+    return grid, distance_to(mesh, grid.nodes, cube, progress) * np.where(inside, -1, 1)
 
 
 def whole_grid(origin: Float[np.ndarray, "3"], cube: float, counts: tuple[int, int, int]) -> Grid:
@@ -68,7 +72,7 @@ def whole_grid(origin: Float[np.ndarray, "3"], cube: float, counts: tuple[int, i
     return _build(diamonds, np.asarray(origin, np.float64), cube, tuple(n + 1 for n in counts), counts)
 
 
-def distance_to(mesh: Mesh, points: Float[np.ndarray, "n 3"], cube: float) -> Float[np.ndarray, "n"]:
+def distance_to(mesh: Mesh, points: Float[np.ndarray, "n 3"], cube: float, progress: Progress = silent) -> Float[np.ndarray, "n"]:
     """Distance of points to the triangles near them: exact to the nearest of those whose samples are nearest."""
     corners = mesh.vertices.astype(np.float64)[mesh.faces]
     area = np.linalg.norm(np.cross(corners[:, 1] - corners[:, 0], corners[:, 2] - corners[:, 0]), axis=1) / 2
@@ -79,10 +83,13 @@ def distance_to(mesh: Mesh, points: Float[np.ndarray, "n 3"], cube: float) -> Fl
     root, share = np.sqrt(random.random(len(face)))[:, None], random.random(len(face))[:, None]
     a, b, c = corners[face, 0], corners[face, 1], corners[face, 2]
     samples = a * (1 - root) + b * root * (1 - share) + c * root * share
-    _, nearest = cKDTree(samples).query(points, NEAREST, workers=-1)
-    best = np.full(len(points), np.inf)
-    for k in range(NEAREST):
-        best = np.minimum(best, _to_triangles(points, corners[face[nearest[:, k]]]))
+    tree, best = cKDTree(samples), np.full(len(points), np.inf)
+    for first in range(0, len(points), BATCH):
+        progress(0.4 + 0.6 * first / len(points), "Building the tetrahedral grid")
+        part = slice(first, first + BATCH)
+        nearest = tree.query(points[part], NEAREST, workers=-1)[1]
+        for k in range(NEAREST):
+            best[part] = np.minimum(best[part], _to_triangles(points[part], corners[face[nearest[:, k]]]))
     return best
 
 
