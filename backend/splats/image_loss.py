@@ -65,30 +65,30 @@ def _blur(side: int) -> Float[Tensor, "inside side"]:
 
 
 class Gradients(nn.Module):
-    """Where no network is to be had: how much a picture rises and falls in each direction, in the neighbourhood of each place, at several
-    scales. Like a network's first layers it asks whether an edge of this kind is near, not whether it is exactly here.
+    """Where no network is to be had: how much a picture rises from pixel to pixel, at several scales, and its colours at the coarsest. A
+    view that is brighter than the others counts little, an edge that is missing much.
+
+    Rises and falls by themselves, averaged over four pixels, as a network's first layers have them, were tried: they do not tell where an
+    edge runs, and splats answered with speckles (boombox at 64 pixels, at four times today's weight: GMSD 0.082 instead of 0.067).
     """
 
     name = "gradients"
-    NEAR = 4  # pixels of a scale within which an edge may lie
-    WEIGHT = 4.0  # so that the distance is about as large as LPIPS is of the same pictures
 
     def features(self, pictures: Float[Tensor, "n 3 h w"]) -> list[Float[Tensor, "n c y x"]]:
-        """At each scale, rises and falls along x and y of each channel, averaged nearby; last the colours of the coarsest."""
+        """Differences of neighbours along x and y at each scale, last the colours."""
         found: list[Tensor] = []
         x = pictures
         for scale in range(min(4, scales(*pictures.shape[-2:]) + 1)):
             if scale:
                 x = functional.avg_pool2d(x, 2)
-            across, down = x[..., :-1, 1:] - x[..., :-1, :-1], x[..., 1:, :-1] - x[..., :-1, :-1]
-            edges = functional.relu(torch.cat([across, -across, down, -down], 1))
-            found.append(functional.avg_pool2d(edges, self.NEAR, self.NEAR // 2))
+            here = x[..., :-1, :-1]
+            found.append(torch.cat([x[..., :-1, 1:] - here, x[..., 1:, :-1] - here], 1))
         return [*found, x]
 
     def between(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Float[Tensor, "n"]:
         """The distance of pictures from their `features`."""
         differences = [(one - other).abs().mean((1, 2, 3)) for one, other in zip(a, b, strict=True)]
-        return self.WEIGHT * torch.stack(differences).mean(0)
+        return torch.stack(differences).mean(0)
 
     def forward(self, a: Float[Tensor, "n 3 h w"], b: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n"]:
         return self.between(self.features(a), self.features(b))
