@@ -36,7 +36,7 @@ def every_parameter() -> dict[str, recipes.Parameter]:
 
 
 class KILN_OT_generate(bpy.types.Operator):
-    """Make an asset of the source: render it from all sides, or send its splats"""
+    """Make an asset of the source: render it from all sides, or send its splats or its picture"""
 
     bl_idname = "kiln.generate"
     bl_label = "Generate"

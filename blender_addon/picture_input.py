@@ -67,29 +67,32 @@ class Gathering:
     def __init__(self, subject: Subject, folder: Path):
         """Raises KilnError("bad-subject") for a file that is not there, or of another kind."""
         self.subject, self.folder = subject, Path(folder)
-        self.steps, self.done = 1, 0
         self._inputs: dict[str, Path] = {}
+        self._digest = hashlib.sha256()
         if subject.file:
             turntable = subject.file if subject.kind == "views" else None
             self._inputs = _checked(picture.gather, None if turntable else subject.file, turntable, "")
+        if subject.image:
+            self._inputs = {"image.png": self.folder / "image.png"}
+        self.steps, self.done = max(1, len(self._inputs)), 0
         self._source = self._place()
 
     def step(self) -> bool:
-        if self.subject.image:
-            self._inputs = {"image.png": save(self._image(), self.folder / "image.png")}
-        self.done = self.steps
-        return False
+        if self.subject.image and not self.done:
+            save(self._image(), self._inputs["image.png"])
+        if self._inputs:  # one file a step: views may be many and large
+            name, path = list(self._inputs.items())[self.done]
+            self._digest.update(name.encode() + b"\0")
+            with open(path, "rb") as file:
+                self._digest.update(hashlib.file_digest(file, "sha256").digest())
+        self.done += 1
+        return self.done < self.steps
 
     def finish(self) -> tuple[dict[str, Path], dict]:
         """The job's inputs, by their names, and its source: a JSON map of what import_asset needs to place and name the result."""
         if self.done < self.steps:
             raise RuntimeError("finish() comes after the last step()")
-        digest = hashlib.sha256()
-        for name, path in self._inputs.items():
-            digest.update(name.encode() + b"\0")
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return self._inputs, {**self._source, "fingerprint": digest.hexdigest() if self._inputs else ""}
+        return self._inputs, {**self._source, "fingerprint": self._digest.hexdigest() if self._inputs else ""}
 
     def shown(self) -> Path | None:
         """A picture of the subject, for the job list."""

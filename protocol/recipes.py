@@ -36,7 +36,9 @@ class Parameter:
     @property
     def label(self) -> str:
         words = self.name.rpartition(".")[2].replace("_", " ").capitalize()
-        return words.replace("Sh ", "SH ").replace("Ssim", "SSIM")  # spherical harmonics, structural similarity
+        for spoken in ("SH ", "SSIM", "LPIPS", "FOV"):  # spherical harmonics, structural similarity, field of view
+            words = words.replace(spoken.capitalize(), spoken)
+        return words
 
     def check(self, value: Any) -> Any:
         """The value in this parameter's type, or a `KilnError` that names the parameter, the value and what is allowed."""

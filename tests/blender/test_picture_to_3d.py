@@ -447,7 +447,7 @@ def test_views_with_cameras_keep_the_place_that_these_tell(tmp_path):
     (tmp_path / "transforms.json").write_text(json.dumps({"frames": [{"file_path": "a.png"}]}))
     bpy.context.scene.cursor.location = (5, 5, 5)
     work = picture_input.Gathering(picture_input.subject(bpy.context, "", views=tmp_path), tmp_path)
-    work.step()
+    assert work.steps == 2 and [work.step(), work.step()] == [True, False]
     inputs, source = work.finish()
     assert set(inputs) == {"transforms.json", "a.png"} and source["location"] == [0, 0, 0] and "anchor" not in source
 
