@@ -64,10 +64,9 @@ class MVAdapter:
         self.reference = next(part.reference for part in pipe.unet.attn_processors.values() if hasattr(part, "reference"))
         self.orbit = Orbit(np.array(AZIMUTHS), 0.0, FOV, 1 / math.sin(math.radians(FOV) / 2))
         self.evaluations = 0
-        self._networks = (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, encoder)
         self._sigmas = shifted(pipe.scheduler.alphas_cumprod)
         if not place.offload:
-            for network in self._networks:
+            for network in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, encoder):
                 network.to(place.device)
 
     def generate(
@@ -101,11 +100,6 @@ class MVAdapter:
         if keep is not None:
             film[keep] = frames[keep]
         return film
-
-    def release(self) -> None:
-        """Leaves the device."""
-        for network in self._networks:
-            network.to("cpu")
 
     def _denoise(
         self,

@@ -139,11 +139,6 @@ class SV3D:
         film[kept] = known[kept]
         return film
 
-    def release(self) -> None:
-        """Leaves the device."""
-        for network in (self.unet, self.vae, self.clip):
-            network.to("cpu")
-
     def _denoise(
         self,
         frames: Float[np.ndarray, "n s s 3"] | None,

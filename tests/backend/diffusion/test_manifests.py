@@ -145,6 +145,30 @@ def test_stable_video_3ds_file_is_as_large_as_its_parts():
     assert abs(4 * numbers - weights.entry("sv3d-p").bytes) < 5e6  # which is known to 10 MB
 
 
+def test_at_full_size_the_parts_fit_together():
+    """Shapes only: what goes in and comes out of the two UNets at the sizes that they were trained for."""
+    parts = {(part["entry"], part["part"]): part for part in MANIFESTS}
+    with torch.device("meta"), torch.no_grad():
+        views = torch.empty(1, 21)
+        unet = build(parts["sv3d-p", "unet"]).to("meta")  # its mixing factors are made elsewhere
+        out = unet(torch.empty(1, 21, 8, 72, 72), torch.empty(()), torch.empty(1, 1, 1024), views, views, views)
+        assert out.shape == (1, 21, 4, 72, 72)
+        unet, hints = build(parts["mv-adapter-sdxl", "attention"]), build(parts["mv-adapter-sdxl", "encoder"])
+        reference = next(part.reference for part in unet.attn_processors.values() if hasattr(part, "reference"))
+
+        def run(count, more):
+            told = {"text_embeds": torch.empty(count, 1280), "time_ids": torch.empty(count, 6)}
+            return unet(torch.empty(count, 4, 96, 96), torch.empty(()), torch.empty(count, 77, 2048), added_cond_kwargs=told, **more).sample
+
+        reference.looking = True
+        run(1, {})
+        reference.looking = False
+        assert len(reference.seen) == 70
+        cameras = hints(torch.empty(6, 6, 768, 768))
+        assert run(6, {"down_intrablock_additional_residuals": cameras}).shape == (6, 4, 96, 96)
+        assert not cameras  # all four were used
+
+
 def test_each_registry_entry_that_kiln_makes_a_network_of_has_a_manifest():
     known = {part["entry"] for part in MANIFESTS}
     elsewhere = {
