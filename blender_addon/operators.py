@@ -239,6 +239,8 @@ class ViewOperator(JobOperator):
         """The job's views, or KilnError."""
         if not turntable.is_generated(job.data) or job.turntable is None or self.view not in job.turntable.pictures:
             raise KilnError("no-views", f"{job.data['title']} has no view {self.view} to change.", "Choose one of a generated turntable.")
+        if self.view == turntable.FRONT:
+            raise KilnError("no-views", f"View {self.view} is the picture itself.", "Change another view, or start from another picture.")
         return job.turntable
 
 

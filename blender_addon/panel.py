@@ -328,6 +328,10 @@ def draw_views(box, context, job) -> None:
         if own:
             continue
         row = cell.row(align=True)
+        if number == turntable.FRONT:
+            row.alignment = "CENTER"
+            row.label(text="Picture")
+            continue
         again = row.operator("kiln.reroll_view", text=f"{number}", icon="FILE_REFRESH", depress=number in table.again)
         replaced = number in table.replaced
         instead = row.operator("kiln.replace_view", text="", icon="X" if replaced else "FILE_IMAGE", depress=replaced)

@@ -12,6 +12,7 @@ from .protocol import picture, recipes
 from .protocol.errors import KilnError
 
 VIEW = re.compile(r"view_(\d{3})\.png")
+FRONT = 0  # the view that shows the input picture itself
 
 
 @dataclass

@@ -295,6 +295,8 @@ def test_views_are_marked_replaced_and_kept_again(viewed, quiet_session, tmp_pat
     assert table.sentence() == "View 2 to be generated anew, views 4 and 7 replaced."
     bpy.ops.kiln.reroll_view(job="a", view=4)
     assert table.again == {2, 4} and list(table.replaced) == [7]
+    with pytest.raises(RuntimeError, match="View 0 is the picture itself"):
+        bpy.ops.kiln.reroll_view(job="a", view=0)
     with pytest.raises(RuntimeError, match="no view 8"):
         bpy.ops.kiln.reroll_view(job="a", view=8)
     with pytest.raises(RuntimeError, match="is a video"):
