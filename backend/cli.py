@@ -105,6 +105,7 @@ def _parser() -> argparse.ArgumentParser:
         action.set_defaults(command=command)
 
     _weights_parser(commands)
+    _train_parser(commands)
 
     stop = commands.add_parser("stop", help="end the backend; what runs resumes with the next one")
     stop.add_argument("--when-idle", action="store_true", help="finish what waits and runs first")
@@ -138,6 +139,17 @@ def _weights_parser(commands: Any) -> None:
         if name == "bundle":
             action.add_argument("--out", type=Path, required=True, metavar="FILE.zip", help="file to write")
         action.set_defaults(command=command)
+
+
+def _train_parser(commands: Any) -> None:
+    parser = commands.add_parser("train", help="train a network of Kiln's own")
+    kinds = parser.add_subparsers(required=True, metavar="NETWORK")
+    elevation = kinds.add_parser("elevation", help="the guess of a turntable's elevation, on turntables of procedural objects")
+    elevation.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run; one that was stopped goes on")
+    elevation.add_argument("--turntables", type=int, metavar="N", help="objects to learn from")
+    elevation.add_argument("--steps", type=int, metavar="N", help="optimisation steps")
+    elevation.add_argument("--seed", type=int, metavar="N", help="start of every random draw")
+    elevation.set_defaults(command=_train_elevation)
 
 
 def _recipe_parser(actions: Any, recipe: Any) -> None:
@@ -341,6 +353,24 @@ def _gather_splats(path: Path) -> dict[str, Path]:
         found = f"{len(files)} .ply and .spz files" if len(files) != 1 else "not splats by its name"
         raise KilnError("bad-input", f"{path} is {found}." if path.is_file() else f"{path} holds {found}.", "Give one .ply or .spz file.")
     return {"splats" + files[0].suffix.lower(): files[0]}
+
+
+def _train_elevation(given: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from backend.train import elevation  # torch, which no other command needs
+
+    chosen = {name: value for name in ("turntables", "steps", "seed") if (value := getattr(given, name)) is not None}
+    bar = _Bar()
+    bar.stage("Train elevation")
+
+    def tell(share: float, text: str = "", preview: Any = None) -> None:
+        bar.say(text) if text.startswith("{") else bar.show(share, text)  # lines of the log stay
+
+    error = elevation.train(given.out, replace(elevation.Settings(), **chosen), progress=tell)
+    bar.close()
+    print(f"Mean error {error:.2f} degrees on objects of families that it has not seen. Weights: {given.out / elevation.FILE}")
+    return DONE
 
 
 def _follow(client: Any, job: dict[str, Any], bar: _Bar) -> dict[str, Any]:

@@ -25,35 +25,41 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from backend.nets.elevation import FILE, FRAMES, RANGE, SIDE, Elevation
+from backend.nets.elevation import FILE, FOVS, FRAMES, HEIGHTS, RANGE, SIDE, Elevation, mirrored, over_the_turn, silhouettes
 from backend.progress import Progress, silent
 from backend.train.objects import HELD_OUT, Object, make
 from backend.train.turntables import picture
 from backend.views.cameras import look_at
+from backend.views.coherence import unexplained
 from protocol.errors import KilnError
 
 STORED = 8  # frames of each training turntable, of which the network sees some
-FOVS = 25.0, 60.0  # degrees
+LENSES = 25.0, 60.0  # degrees
 TIPPED = 0.33  # share of the objects that do not stand as they were made
 CHECKPOINT, LOG, SAMPLES, DATA = "checkpoint.safetensors", "log.jsonl", "samples.png", "turntables.npz"
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """turntables: in the training set, one object each. steps, batch: of the optimisation. rate: the highest, AdamW's. seed: of
-    everything. report: steps between lines of the log, each with the error on held-out families, and checkpoints."""
+    """turntables: in the training set, one object each. weighed: of these, the ones on which the two guesses are weighed. looks: how
+    often each of a turntable's two sets of four frames is varied. steps,
+    batch: of the optimisation. rate: the highest, AdamW's. seed: of everything. report: steps between lines of the log, each with the
+    error on held-out families, and checkpoints. measured: objects of held-out families."""
 
     turntables: int = 1600
-    steps: int = 1000
-    batch: int = 16
-    rate: float = 2e-3
+    weighed: int = 150
+    looks: int = 2
+    steps: int = 1600
+    batch: int = 32
+    rate: float = 4e-3
     seed: int = 1
     report: int = 100
+    measured: int = 32
 
 
 def turn_of(thing: Object, elevation: float, views: int, rng: np.random.Generator, exact: bool = False) -> UInt8[np.ndarray, "k s s 4"]:
     """A turn around the object by cameras that are, unless `exact`, a little off their places: colours on white and coverage."""
-    fov = rng.uniform(*FOVS)
+    fov = rng.uniform(*LENSES)
     distance = 1 / math.sin(math.radians(fov / 2))
     sway, lean = (0.0, 0.0) if exact else (rng.uniform(0, 4), rng.uniform(0, 1.5))
     start, frames = rng.uniform(0, 360), np.empty((views, SIDE, SIDE, 4), np.uint8)
@@ -145,19 +151,79 @@ def varied(frames: UInt8[np.ndarray, "n k s s 4"], draws: torch.Generator) -> Fl
     return torch.lerp(seen, soft, draw(0, 0.8, count, 1, 1, 1, 1)).clamp(0, 1)
 
 
-def guesses(net: Elevation, frames: UInt8[np.ndarray, "n k s s 4"]) -> Float[np.ndarray, "n"]:
-    """As `backend.nets.elevation.estimate` does: the mean over sets of four and mirror images."""
-    seen, views = on_white(frames), frames.shape[1]
-    every = views // FRAMES
+def maps_of(frames: UInt8[np.ndarray, "n k s s 4"], looks: int, seed: int, progress: Progress = silent) -> tuple[Tensor, Tensor]:
+    """What the network reads of every set of four frames, varied `looks` times, float16, and which turn each is of."""
+    found, turn, batch = [], [], 25
+    for start in range(0, len(frames), batch):
+        draws = torch.Generator().manual_seed(seed * 1_000_003 + start)
+        part = frames[start : start + batch]
+        for look in range(2 * looks):
+            progress(start / len(frames), f"turn {start} of {len(frames)}")
+            found.append(over_the_turn(varied(part[:, look % 2 :: STORED // FRAMES], draws)).half())
+            turn.append(torch.arange(start, start + len(part)))
+    return torch.cat(found), torch.cat(turn)
+
+
+def curves_of(frames: UInt8[np.ndarray, "n k s s 4"], progress: Progress = silent) -> Float[Tensor, "n f e"]:
+    """How well the silhouettes of each turn fit together, for each field of view and height."""
+    found = np.empty((len(frames), len(FOVS), len(HEIGHTS)), np.float32)
+    turn = np.arange(frames.shape[1]) * 360.0 / frames.shape[1]
+    for number, part in enumerate(frames):
+        progress(number / len(frames), f"silhouettes of turn {number} of {len(frames)}")
+        cover = silhouettes(on_white(part))
+        for lens, fov in enumerate(FOVS):
+            found[number, lens] = unexplained(cover, turn, HEIGHTS, fov)
+    return torch.from_numpy(found)
+
+
+def pictured(net: Elevation, frames: UInt8[np.ndarray, "n k s s 4"]) -> Float[Tensor, "n"]:
+    """What the pictures alone say: the mean over sets of four and mirror images."""
+    seen, every = on_white(frames), frames.shape[1] // FRAMES
+    found = []
     with torch.inference_mode():
-        found = [net(given[:, start::every][:, :FRAMES]) for start in range(every) for given in (seen, seen.flip(-1))]
-    return torch.stack(found).mean(0).clamp(*RANGE).numpy()
+        for start in range(every):
+            maps = over_the_turn(seen[:, start::every][:, :FRAMES])
+            found += [net.read(maps), net.read(mirrored(maps))]
+    return torch.stack(found).mean(0).clamp(*RANGE)
+
+
+def weigh(
+    net: Elevation, frames: UInt8[np.ndarray, "n k s s 4"], heights: Float[np.ndarray, "n"], seed: int, progress: Progress = silent
+) -> None:
+    """Trains the perceptron that weighs the two guesses, on turns of eight and of four frames."""
+    torch.manual_seed(seed)
+    net.eval()
+    sets = [frames, frames[:, ::2]]
+    curves = torch.cat(
+        [curves_of(part, lambda share, text="", preview=None, n=n: progress((n + share) / 2, text)) for n, part in enumerate(sets)]
+    )
+    # Objects that the convolutions have learnt from look easier than new ones will: their guess is made as unsure as it was found to be.
+    seen = torch.cat([pictured(net, part) for part in sets])
+    truth = torch.from_numpy(heights).repeat(2)
+    optimiser = torch.optim.AdamW(net.weigh.parameters(), lr=3e-3, weight_decay=3e-2)
+    for _ in range(600):
+        spoiled = (curves + 0.003 * torch.randn(len(curves), 1, 1) * torch.rand(curves.shape)).clamp_min(0)
+        loss = (net(spoiled, (seen + 3 * torch.randn(seen.shape)).clamp(*RANGE)) - truth).abs().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+
+
+def moved(maps: Tensor, draws: torch.Generator) -> Tensor:
+    """Mirrored half the time, and shifted by up to two places."""
+    down, across = torch.randint(-2, 3, (2,), generator=draws).tolist()
+    maps = torch.roll(maps, (down, across), (2, 3))
+    return mirrored(maps) if torch.rand(1, generator=draws) < 0.5 else maps
 
 
 def train(out: Path, p: Settings | None = None, spread: bool = True, progress: Progress = silent) -> float:
     """Trains into the folder `out`, going on from a checkpoint of the same settings there, and returns the mean error in degrees on
     objects of the held-out families. Deterministic for a given number of threads."""
     p = p or Settings()
+    if min(p.turntables, p.looks, p.steps, p.batch, p.report) < 1:
+        raise KilnError(
+            "bad-parameter", f"Nothing is learnt from {p.turntables} turntables in {p.steps} steps.", "Give at least one of each."
+        )
     out.mkdir(parents=True, exist_ok=True)
     numba.set_num_threads(1)  # pictures this small are drawn faster by one
     torch.manual_seed(p.seed)
@@ -166,39 +232,46 @@ def train(out: Path, p: Settings | None = None, spread: bool = True, progress: P
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, p.rate, total_steps=p.steps + 1, pct_start=0.1)
     told = json.dumps({**dataclasses.asdict(p), "spread": spread})
     begun = _resume(out / CHECKPOINT, told, net, optimiser, schedule)
-    frames, heights = _data(out / DATA, p, lambda share, text="", preview=None: progress(0.3 * share, text))
-    test_frames, test_heights, _ = held_out(64, 90_000_000)
-    heights_seen = torch.from_numpy(heights)
+    frames, heights = _data(out / DATA, p, lambda share, text="", preview=None: progress(0.2 * share, text))
+    maps, turn = maps_of(frames, p.looks, p.seed, lambda share, text="", preview=None: progress(0.2 + 0.2 * share, text))
+    test_frames, test_heights, _ = held_out(p.measured, 90_000_000, STORED)
+    truth = torch.from_numpy(heights)[turn]
     net.train()
     running = 0.0
     for step in range(begun, p.steps):
         draws = torch.Generator().manual_seed(p.seed * 1_000_003 + step)
-        picked = torch.randint(len(frames), (p.batch,), generator=draws).numpy()
-        every = 2 if torch.rand(1, generator=draws) < 0.7 else 1
-        loss = (net(varied(frames[picked][:, ::every], draws)) - heights_seen[picked]).abs().mean()
+        picked = torch.randint(len(maps), (p.batch,), generator=draws)
+        loss = (net.read(moved(maps[picked].float(), draws)) - truth[picked]).abs().mean()
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 100.0)
         optimiser.step()
         schedule.step()
         running += float(loss.detach()) / p.report
-        progress(0.3 + 0.7 * step / p.steps, f"step {step} of {p.steps}")
+        progress(0.4 + 0.5 * step / p.steps, f"step {step} of {p.steps}")
         if (step + 1) % p.report == 0 or step + 1 == p.steps:
             net.eval()
-            found = guesses(net, test_frames)
+            error = float(np.abs(pictured(net, test_frames).numpy() - test_heights).mean())
             net.train()
-            error = float(np.abs(found - test_heights).mean())
             line = json.dumps({"step": step + 1, "training": round(running, 3), "held_out": round(error, 3)})
             with (out / LOG).open("a", encoding="utf-8") as log:
                 log.write(line + "\n")
-            progress(0.3 + 0.7 * step / p.steps, line)
+            progress(0.4 + 0.5 * step / p.steps, line)
             _save(out / CHECKPOINT, told, net, optimiser, step + 1)
             _sheet(out / SAMPLES, test_frames)
             running = 0.0
+    weigh(
+        net,
+        frames[: p.weighed],
+        heights[: p.weighed],
+        p.seed,
+        progress=lambda share, text="", preview=None: progress(0.9 + 0.1 * share, text),
+    )
     weights = {name: values.detach().half().contiguous() for name, values in net.state_dict().items()}
     save_file(weights, out / FILE, metadata={"licence": "CC0-1.0", "settings": told})
-    net.eval()
-    return float(np.abs(guesses(net, test_frames) - test_heights).mean())
+    with torch.inference_mode():
+        found = net(curves_of(test_frames), pictured(net, test_frames)).clamp(*RANGE).numpy()
+    return float(np.abs(found - test_heights).mean())
 
 
 def _data(path: Path, p: Settings, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
@@ -251,4 +324,4 @@ def _resume(path: Path, told: str, net: Elevation, optimiser: torch.optim.Optimi
 
 def _sheet(path: Path, frames: UInt8[np.ndarray, "n k s s 4"], rows: int = 8) -> None:
     """Some of the turns that the error is measured on."""
-    Image.fromarray(np.concatenate([np.concatenate(list(turn[::2, ..., :3]), 1) for turn in frames[:rows]], 0)).save(path)
+    Image.fromarray(np.concatenate([np.concatenate(list(turn[..., :3]), 1) for turn in frames[:rows]], 0)).save(path)
