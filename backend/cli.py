@@ -150,6 +150,20 @@ def _train_parser(commands: Any) -> None:
     elevation.add_argument("--steps", type=int, metavar="N", help="optimisation steps")
     elevation.add_argument("--seed", type=int, metavar="N", help="start of every random draw")
     elevation.set_defaults(command=_train_elevation)
+    turntable = kinds.add_parser("turntable", help="a LoRA on a turntable generator, on turntables of your own assets")
+    turntable.add_argument("--model", required=True, metavar="ID", help="generator of the registry: Wan's or SV3D")
+    turntable.add_argument("--data", type=Path, required=True, nargs="+", metavar="FOLDER", help="folders of views, one turntable each")
+    turntable.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run; one that was stopped goes on")
+    turntable.add_argument("--steps", type=int, default=1000, metavar="N", help="optimisation steps (default: 1000)")
+    turntable.add_argument("--batch", type=int, default=1, metavar="N", help="turntables a step (default: 1)")
+    turntable.add_argument("--rate", type=float, default=1e-4, metavar="N", help="learning rate (default: 0.0001)")
+    turntable.add_argument("--rank", type=int, default=16, metavar="N", help="of the LoRA (default: 16)")
+    turntable.add_argument("--prompt", default="", metavar="TEXT", help="what all of them show, for models that read a text")
+    turntable.add_argument("--seed", type=int, default=0, metavar="N", help="start of every random draw")
+    turntable.set_defaults(command=_train_turntable)
+    tiny = kinds.add_parser("tiny", help="kiln-tiny-turntable from nothing, on turntables of procedural objects")
+    tiny.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the run; one that was stopped goes on")
+    tiny.set_defaults(command=_train_tiny)
 
 
 def _recipe_parser(actions: Any, recipe: Any) -> None:
@@ -370,6 +384,32 @@ def _train_elevation(given: argparse.Namespace) -> int:
     error = elevation.train(given.out, replace(elevation.Settings(), **chosen), progress=tell)
     bar.close()
     print(f"Mean error {error:.2f} degrees on objects of families that it has not seen. Weights: {given.out / elevation.FILE}")
+    return DONE
+
+
+def _train_turntable(given: argparse.Namespace) -> int:
+    from backend.train import lora  # torch, as above
+    from backend.train.turntable import Settings
+
+    settings = Settings(steps=given.steps, batch=given.batch, rate=given.rate, shift=3.0, seed=given.seed)
+    bar = _Bar()
+    bar.stage("Train turntable")
+    file = lora.fine_tune(
+        given.model, given.data, given.out, settings, given.rank, given.prompt, lambda share, text="", preview=None: bar.show(share, text)
+    )
+    bar.close()
+    print(f"LoRA: {file}. Log and sample pictures: {given.out}")
+    return DONE
+
+
+def _train_tiny(given: argparse.Namespace) -> int:
+    from backend.train import tiny  # torch, as above
+
+    bar = _Bar()
+    bar.stage("Train tiny")
+    folder = tiny.make(given.out, progress=lambda share, text="", preview=None: bar.show(share, text))
+    bar.close()
+    print(f"Model: {folder}. Log and sample pictures: {given.out}")
     return DONE
 
 
