@@ -13,6 +13,7 @@ import dataclasses
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 
 import numba
@@ -240,6 +241,7 @@ def train(out: Path, p: Settings | None = None, spread: bool = True, progress: P
     running = 0.0
     for step in range(begun, p.steps):
         draws = torch.Generator().manual_seed(p.seed * 1_000_003 + step)
+        torch.manual_seed(p.seed * 1_000_003 + step)  # what is dropped out: a run that goes on draws as one that was never stopped
         picked = torch.randint(len(maps), (p.batch,), generator=draws)
         loss = (net.read(moved(maps[picked].float(), draws)) - truth[picked]).abs().mean()
         optimiser.zero_grad()
@@ -317,8 +319,10 @@ def _resume(path: Path, told: str, net: Elevation, optimiser: torch.optim.Optimi
             state.setdefault(int(number), {})[key] = values
     optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
     step = int(about["step"])
-    for _ in range(step):
-        schedule.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the optimiser's steps lie in the run before
+        for _ in range(step):
+            schedule.step()
     return step
 
 
