@@ -12,7 +12,7 @@ from backend import weights
 from backend.diffusion import sv3d, wan
 from backend.diffusion.memory import Place
 from backend.train import autoencoder, lora, muon, objects, tiny, turntables
-from backend.train.turntable import Settings, flow_loss
+from backend.train.turntable import Settings, first_frame_condition, flow_loss
 from backend.views.orbit import Orbit
 from protocol.errors import KilnError
 from tests.backend.diffusion.published import SMALL_SV3D
@@ -203,3 +203,17 @@ def test_the_shipped_model_loads_in_diffusers_own_pipeline_and_follows_the_pictu
     shown = Image.fromarray((true[0] * 255).astype(np.uint8))
     clip = pipe(shown, prompt_embeds=words, height=64, width=64, num_frames=16, num_inference_steps=1, guidance_scale=1.0).frames[0]
     assert clip.shape == made.shape
+
+
+def test_an_untrained_network_looks_from_each_place_at_the_same_place_of_the_given_frame(chunks, components, monkeypatch):
+    model = tiny.build_transformer(0)
+    clean = autoencoder.project(components, tiny.clips(chunks, 2, torch.Generator().manual_seed(0))).transpose(1, 2)
+    condition = first_frame_condition(clean, autoencoder.project(components, torch.zeros(64, 64, 3)))
+    shares, softmax = [], torch.softmax
+    monkeypatch.setattr(torch, "softmax", lambda scores, axis: shares.append(softmax(scores, axis)) or shares[-1])
+    with torch.no_grad(), tiny.quick(model):
+        model(torch.cat([torch.randn_like(clean), condition], 1), torch.full((2,), 1000.0), torch.zeros(2, 1, 16), return_dict=False)
+    for share in shares:  # [clips heads tokens tokens]
+        from_others_to_given = share[:, 0].unflatten(1, (17, 16)).unflatten(3, (17, 16))[:, 1:, :, 0]
+        assert from_others_to_given.diagonal(dim1=-2, dim2=-1).mean() > 20 / (17 * 16)
+    assert len(shares) == 8
