@@ -136,8 +136,9 @@ def wan_course(generator: Any, prompt: str, shift: float) -> Course:
     return Course(transformer, generator.views, generator.size, encode, loss, show)
 
 
-def sv3d_course(generator: Any) -> Course:
-    """Of an SV3D (diffusion/sv3d.py): velocity of a clip whose noise grows without bounds, as Stable Video Diffusion was trained."""
+def sv3d_course(generator: Any, steps: int = 12) -> Course:
+    """Of an SV3D (diffusion/sv3d.py): velocity of a clip whose noise grows without bounds, as Stable Video Diffusion was trained.
+    steps: of sample pictures."""
     from backend.diffusion.frames import encode as latents_of
     from backend.diffusion.sv3d import AUGMENTATION, _for_clip
 
@@ -174,7 +175,7 @@ def sv3d_course(generator: Any) -> Course:
 
     def show(turn: turntables.Turntable) -> np.ndarray:
         given = np.concatenate([turn.frames[0], np.ones((*turn.frames[0].shape[:2], 1), np.float32)], 2)
-        return generator.generate(given, "", None, 12, generator.guidance, 0)
+        return generator.generate(given, "", None, steps, generator.guidance, 0)
 
     return Course(unet, generator.views, generator.size, encode, loss, show)
 
