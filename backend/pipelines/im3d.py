@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from backend.diffusion.matte import matte
+from backend.diffusion.matte import matte, straight
 from backend.diffusion.text_to_image import draw
 from backend.diffusion.turntable import Turn, generate, refine, reroll
 from backend.mesh.bake import bake
@@ -24,7 +24,7 @@ from backend.pipelines.picture_asset import PictureAsset, TurntableAsset
 from backend.pipelines.run import Run
 from backend.splats.fit_images import fit_images
 from backend.splats.model import Splats
-from backend.splats.pictures import pictures, without_mist
+from backend.splats.pictures import pictures, recolored, without_mist
 from backend.splats.render import render
 from backend.views.cameras import Camera
 from backend.views.orbit import Orbit
@@ -84,6 +84,7 @@ def from_views(
             )  # fmt: skip
             alpha = run.stage(f"Cut out the views, round {number + 1}", matte, turn.frames, p.generate.matte)
             views = as_views(turn.frames, alpha, orbit, picture)
+    splats = recolored(splats, views.cameras)
     solid = without_mist(splats)
     run.begin("Take pictures")
     side = min(FINEST, max(256, 2 * views.images.shape[1]))
@@ -144,14 +145,14 @@ def as_views(frames: Float[np.ndarray, "k s s 3"], alpha: Float[np.ndarray, "k s
     """Frames on white with their mattes as views; the one from where the input picture was taken is the input picture, where the generator
     says so by giving it back (of some, all views are their own)."""
     size = frames.shape[1]
-    straight = np.clip((frames - (1 - alpha[..., None])) / np.maximum(alpha[..., None], 0.1), 0, 1).astype(np.float32)
+    colors = np.stack([straight(frame, cover, np.ones(3)) for frame, cover in zip(frames, alpha, strict=True)]).astype(np.float32)
     alpha = alpha.copy()
     nearest = int(np.abs((orbit.azimuths + 180) % 360 - 180).argmin())
     if picture is not None and abs((orbit.azimuths[nearest] + 180) % 360 - 180) < 1:
         given = picture.resized(size)
         if np.abs(given[..., :3] * given[..., 3:] + 1 - given[..., 3:] - frames[nearest]).mean() < 0.02:
-            straight[nearest], alpha[nearest] = given[..., :3], given[..., 3]
-    return Views(orbit.cameras(size), straight, alpha, None, None, np.zeros(len(frames), bool), Frame(np.zeros(3), 1.0))
+            colors[nearest], alpha[nearest] = given[..., :3], given[..., 3]
+    return Views(orbit.cameras(size), colors, alpha, None, None, np.zeros(len(frames), bool), Frame(np.zeros(3), 1.0))
 
 
 def parts(iterations: int, rounds: int) -> list[int]:

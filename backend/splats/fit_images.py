@@ -33,7 +33,9 @@ from .model import Splats
 from .raster_cpu import MEAN, QUATERNION, camera_numbers, pack, unpack
 from .start import OPACITY
 
-BACKGROUND = 1.0  # white: what generated pictures stand on, so that their edges hold nothing else
+# Taken in turns. Generated pictures stand on white, which suits their edges best; on white alone, white splats around the subject would be
+# right in every view.
+BACKGROUNDS = (1.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,7 @@ def _fit(engine, device, features, views: Views, p: recipes.FitImages, seed: int
             planes = engine.draw(matrix, still[chosen], width, height, state.pulled, state.room)
         else:
             planes = turn.draw(engine, matrix, chosen, state)
-        loss = loss_of(planes, targets, chosen, p, features)
+        loss = loss_of(planes, targets, step % len(BACKGROUNDS), chosen, p, features)
         state.adam.zero_grad(set_to_none=True)
         loss.backward()
         done = behind + (1 - behind) * step / steps
@@ -185,31 +187,38 @@ def _fit(engine, device, features, views: Views, p: recipes.FitImages, seed: int
 
 
 class _Targets:
-    """The views on the background, their alpha, and what the network makes of them, once for all."""
+    """The views on each background, their alpha, and what the network makes of them, once for all."""
 
     def __init__(self, views: Views, features: FeatureDistance | Gradients | None, device, progress: Progress):
         self.alpha = torch.tensor(views.alpha, device=device)
-        images = views.images * views.alpha[..., None] + BACKGROUND * (1 - views.alpha[..., None])
-        self.pictures = torch.tensor(np.moveaxis(images, -1, 1).copy(), device=device)
-        found = []
-        with torch.no_grad():
-            for number in range(len(views)):
-                if features is None:
-                    break
-                progress(0.0, f"Looking at view {number + 1} of {len(views)}")
-                found.append([values.half() for values in features.features(self.pictures[number, None])])
-        self.features = [torch.cat(maps) for maps in zip(*found, strict=True)]  # half precision: of the distance, 0.1 %
+        self.pictures, self.features = [], []
+        for background in BACKGROUNDS:
+            images = views.images * views.alpha[..., None] + background * (1 - views.alpha[..., None])
+            pictures = torch.tensor(np.moveaxis(images, -1, 1).copy(), device=device)
+            found = []
+            with torch.no_grad():
+                for number in range(len(views) if features is not None else 0):
+                    progress(0.0, f"Looking at view {number + 1} of {len(views)}")
+                    found.append([values.half() for values in features.features(pictures[number, None])])
+            self.pictures.append(pictures)
+            self.features.append([torch.cat(maps) for maps in zip(*found, strict=True)])  # half precision: of the distance, 0.1 %
 
 
 def loss_of(
-    planes: Float[Tensor, "v 5 h w"], targets: _Targets, chosen: list[int], p: recipes.FitImages, features: FeatureDistance | Gradients
+    planes: Float[Tensor, "v 5 h w"],
+    targets: _Targets,
+    ground: int,
+    chosen: list[int],
+    p: recipes.FitImages,
+    features: FeatureDistance | Gradients,
 ) -> Float[Tensor, ""]:
-    """IM-3D, section 3.3: the weighted sum of LPIPS, MS-SSIM and mask losses; L1 and L2 of pixels for comparison."""
-    alpha, truth = planes[:, 4], targets.pictures[chosen]
-    picture = planes[:, :3] + BACKGROUND * (1 - planes[:, 4:])
+    """IM-3D, section 3.3: the weighted sum of LPIPS, MS-SSIM and mask losses; L1 and L2 of pixels for comparison. ground: which of the
+    backgrounds splats and views are looked at on."""
+    alpha, truth = planes[:, 4], targets.pictures[ground][chosen]
+    picture = planes[:, :3] + BACKGROUNDS[ground] * (1 - planes[:, 4:])
     loss = p.mask_weight * (alpha - targets.alpha[chosen]).abs().mean()
     if p.lpips_weight > 0:
-        wanted = [maps[chosen].float() for maps in targets.features]
+        wanted = [maps[chosen].float() for maps in targets.features[ground]]
         loss = loss + p.lpips_weight * features.between(features.features(picture), wanted).mean()
     if p.ssim_weight > 0:
         loss = loss + p.ssim_weight * (1 - ms_ssim(picture, truth)).mean()
