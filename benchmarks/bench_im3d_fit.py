@@ -32,7 +32,7 @@ from backend.mesh import raster
 from backend.mesh.mesh import TexturedMesh
 from backend.nets.lpips import FeatureDistance
 from backend.splats.fit_images import fit_images
-from backend.splats.image_loss import comparer
+from backend.splats.image_loss import comparer, settled
 from backend.splats.model import Splats
 from backend.splats.render import render
 from backend.views.cameras import Camera
@@ -76,7 +76,8 @@ def main() -> None:
     p = recipes.FitImages(
         start=min(5000, a.splats // 2), splats=a.splats, iterations=a.iterations, features=a.features, device=a.device
     )  # fmt: skip
-    loss, sentence = comparer(a.features)
+    name, sentence = settled(a.features)
+    loss = comparer(name)
     print(f"{sentence} {a.size} px, {a.iterations} iterations, {a.splats} splats at most.\n", flush=True)
     judge = judge_beside(loss.name)
     results: dict[str, list[dict]] = {}
@@ -275,7 +276,7 @@ def judge_beside(loss: str) -> FeatureDistance | None:
     from protocol.errors import KilnError
 
     try:
-        return comparer("kiln-features")[0] if loss != "kiln-features" else None
+        return comparer("kiln-features") if loss != "kiln-features" else None
     except (KilnError, FileNotFoundError):
         return None
 

@@ -18,6 +18,7 @@ from scipy import ndimage
 
 from backend import weights
 from backend.progress import Progress, silent
+from backend.views.picture import FRACTION, Picture, centred, read
 from protocol.errors import KilnError
 
 NETWORK = "isnet-general-use"  # the only network that may be asked for
@@ -91,6 +92,37 @@ def straight(
     rows, columns = ndimage.distance_transform_edt(~sure, return_distances=False, return_indices=True)
     trust = np.clip((cover - 0.1) / 0.5, 0, 1)  # where little of the subject is in a pixel, its neighbours know better
     return np.where(sure[..., None], color, trust * own + (1 - trust) * color[rows, columns]).astype(np.float32)
+
+
+def prepare(path: Path, how: str = "auto", size: int = 1024, fraction: float = FRACTION, progress: Progress = silent) -> Picture:
+    """The subject of a picture file: cut out, in the middle of a square of `size` pixels, its longer side `fraction` of that.
+
+    how: "auto" takes the file's transparency if it has one, else what `matte` takes; "network" and "border" are explicit.
+    Raises `KilnError("bad-input")` for what is no picture, damaged, too small, too large, or shows no subject.
+    """
+    path = Path(path)
+    progress(0.0, f"Reading {path.name}")
+    color, alpha = read(path, most=4 * size)
+    if alpha is not None and float(alpha.max()) < 0.05:
+        raise KilnError("bad-input", f"{path.name} is transparent all over: there is no object in it.", "Give another picture.")
+    if alpha is not None and how == "auto":
+        note = "The picture's own transparency cuts the subject out."
+    else:
+        if alpha is not None:
+            color = color * alpha[..., None] + (1 - alpha[..., None])
+        note = way(how)[1]
+        alpha = matte(color[None], how, progress)[0]
+        color = straight(color, alpha)
+    if not has_subject(alpha):
+        seen = "what was cut out fills it" if float(alpha.mean()) > 0.5 else "nothing stands out from the background"
+        raise KilnError(
+            "bad-input",
+            f"No object was found in {path.name}: {seen}.",
+            "Give a picture of one object with some background around it, or a PNG with a transparent background.",
+        )
+    rgba = centred(color, alpha, size, fraction, path.name)
+    progress(1.0, note)
+    return Picture(rgba, note)
 
 
 # --- by the border's colour ---------------------------------------------------------------------------------------------------------------

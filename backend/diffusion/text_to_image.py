@@ -13,8 +13,9 @@ from PIL import Image
 
 from backend import weights
 from backend.diffusion import loading
+from backend.diffusion.matte import prepare
 from backend.progress import Progress, silent
-from backend.views.picture import Picture, prepare
+from backend.views.picture import Picture
 from protocol.errors import KilnError
 
 MODEL = "flux2-klein-4b"

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from backend.diffusion.matte import matte, straight
+from backend.diffusion.matte import matte, prepare, straight
 from backend.diffusion.text_to_image import draw
 from backend.diffusion.turntable import Turn, generate, refine, reroll
 from backend.mesh.bake import bake
@@ -23,12 +23,13 @@ from backend.pipelines.asset import Asset, measure
 from backend.pipelines.picture_asset import PictureAsset, TurntableAsset
 from backend.pipelines.run import Run
 from backend.splats.fit_images import fit_images
+from backend.splats.image_loss import settled
 from backend.splats.model import Splats
 from backend.splats.pictures import pictures, recolored, without_mist
 from backend.splats.render import render
 from backend.views.cameras import Camera
 from backend.views.orbit import Orbit
-from backend.views.picture import Picture, load_turntable, prepare
+from backend.views.picture import Picture, load_turntable
 from backend.views.views import Frame, Views, load
 from protocol import recipes
 from protocol.errors import KilnError
@@ -68,18 +69,20 @@ def from_views(
 ) -> PictureAsset:
     """The asset of a turntable. orbit: its cameras, None where the views' own are all there is to know; `estimate`: they are a guess, to be
     refined along with the splats. turn, picture: what the video model made, and of what; None where there is none to go back to."""
-    splats, agreement = None, []
+    compared, sentence = settled(p.fit.features)  # and not "auto", so that finished stages tell what they were made with
+    run.log(sentence)
+    fit, splats, agreement = replace(p.fit, features=compared), None, []
     rounds = 0 if turn is None else p.iterate.rounds
     for number, steps in enumerate(parts(p.fit.iterations, rounds)):
         stage = "Fit splats" if number == 0 else f"Fit on, round {number}"
-        splats, found = run.stage(stage, fit_images, views, p.fit, p.seed, splats, steps, orbit if estimate else None)
+        splats, found = run.stage(stage, fit_images, views, fit, p.seed, splats, steps, orbit if estimate else None)
         if found is not None:
             orbit, views = found, replace(views, cameras=found.cameras(views.images.shape[1]))
         agreement.append(agree(splats, views))
         if number < rounds:  # section 3.4
             renders = drawn(splats, turn.path(orbit).cameras(turn.film.shape[1]))
             turn = run.stage(
-                f"Refine views, round {number + 1}", refine, turn, renders, picture.rgba, p.generate,
+                f"Refine views, round {number + 1}", refine, turn, renders, picture.rgba, replace(p.generate, rerolls="", only=False),
                 p.iterate.strength, p.iterate.steps, p.seed + number,
             )  # fmt: skip
             alpha = run.stage(f"Cut out the views, round {number + 1}", matte, turn.frames, p.generate.matte)

@@ -28,7 +28,7 @@ from protocol.errors import KilnError
 from . import fit as shared
 from . import gpu
 from .autograd import ONE_THREAD, draw_views
-from .image_loss import Gradients, comparer, ms_ssim
+from .image_loss import Gradients, comparer, ms_ssim, settled
 from .model import Splats
 from .raster_cpu import MEAN, QUATERNION, camera_numbers, pack, unpack
 from .start import OPACITY
@@ -88,8 +88,9 @@ def fit_images(
     if max(p.lpips_weight, p.ssim_weight, p.mask_weight, p.l1_weight, p.l2_weight) == 0:
         raise KilnError("bad-parameter", "Nothing is left to fit by: all weights of the fit are 0.", "Give one of them a weight.")
     if features is None:
-        features, sentence = comparer(p.features)
+        name, sentence = settled(p.features)
         progress(0.0, sentence)
+        features = comparer(name)
     engine, device = gpu.Engine("CPU", draw_views, gpu.loss_in_torch, list), torch.device("cpu")
     if shared.runs_on_cuda(p.device):
         found = gpu.engine_for_this_gpu(progress)

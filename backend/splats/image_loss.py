@@ -94,27 +94,38 @@ class Gradients(nn.Module):
         return self.between(self.features(a), self.features(b))
 
 
-def comparer(name: str) -> tuple[FeatureDistance | Gradients, str]:
-    """What compares pictures in place of pixels (`recipes.FitImages.features`), and a sentence for the user.
+def settled(name: str) -> tuple[str, str]:
+    """Which of the features `recipes.FitImages.features` means here, never "auto", and a sentence for the user.
 
     Raises `KilnError("no-weights")` where VGG16 is asked for by name and not installed.
     """
     from backend import weights
     from protocol.errors import KilnError
 
-    if name == "kiln-features":
-        from backend.nets import features
-
-        return FeatureDistance(name, features.load()), "Pictures are compared by Kiln's own small feature network."
     if name in ("auto", "vgg16"):
         try:
-            folder = weights.folder("vgg16-lpips")
+            weights.folder("vgg16-lpips")
         except KilnError as error:
             if name == "vgg16" or error.code != "no-weights":
                 raise
-            return Gradients(), (
+            return "gradients", (
                 "VGG16 is not installed ('kiln weights pull vgg16-lpips'), so pictures are compared by their gradients in place of LPIPS: "
                 "where views disagree, fine detail comes out softer."
             )
-        return lpips(folder / "model.safetensors"), "Pictures are compared by LPIPS (VGG16)."
-    return Gradients(), "Pictures are compared by their gradients."
+        return "vgg16", "Pictures are compared by LPIPS (VGG16)."
+    if name == "kiln-features":
+        return name, "Pictures are compared by Kiln's own small feature network."
+    return name, "Pictures are compared by their gradients."
+
+
+def comparer(name: str) -> FeatureDistance | Gradients:
+    """What compares pictures in place of pixels, by a name that `settled` gives."""
+    from backend import weights
+
+    if name == "vgg16":
+        return lpips(weights.folder("vgg16-lpips") / "model.safetensors")
+    if name == "kiln-features":
+        from backend.nets import features
+
+        return FeatureDistance(name, features.load())
+    return Gradients()

@@ -1,4 +1,4 @@
-"""A user's picture, read whatever it is stored as, with its subject cut out, centred and square; and a folder of a user's own views.
+"""A user's picture, read whatever it is stored as, and its subject in the middle of a square; and a folder of a user's own views.
 
 What the file says of itself is heeded: colour profile, rotation, palette, transparency, 16 bits, CMYK. Sizes are checked before a pixel is
 unpacked.
@@ -63,37 +63,15 @@ class Picture:
         return rgba[..., :3] * rgba[..., 3:] + (1 - rgba[..., 3:])
 
 
-def prepare(path: Path, how: str = "auto", size: int = 1024, fraction: float = FRACTION, progress: Progress = silent) -> Picture:
-    """The subject of a picture file: cut out, in the middle of a square of `size` pixels, its longer side `fraction` of that.
+def centred(
+    color: Float[np.ndarray, "h w 3"], alpha: Float[np.ndarray, "h w"], size: int, fraction: float, name: str
+) -> Float[np.ndarray, "s s 4"]:
+    """The subject in the middle of a square of `size` pixels, its longer side `fraction` of that.
 
-    how: "auto" takes the file's transparency if it has one, else what `backend.diffusion.matte` takes; "network" and "border" are explicit.
-    Raises `KilnError("bad-input")` for what is no picture, damaged, too small, too large, or shows no subject.
+    Raises `KilnError("bad-input")` if it is too small in the picture `name`.
     """
-    from backend.diffusion.matte import has_subject, matte, straight, way
-
-    path = Path(path)
-    progress(0.0, f"Reading {path.name}")
-    color, alpha = read(path, most=4 * size)
-    if alpha is not None and float(alpha.max()) < 0.05:
-        raise KilnError("bad-input", f"{path.name} is transparent all over: there is no object in it.", "Give another picture.")
-    if alpha is not None and how == "auto":
-        note = "The picture's own transparency cuts the subject out."
-    else:
-        if alpha is not None:
-            color = color * alpha[..., None] + (1 - alpha[..., None])
-        note = way(how)[1]
-        alpha = matte(color[None], how, progress)[0]
-        color = straight(color, alpha)
-    if not has_subject(alpha):
-        seen = "what was cut out fills it" if float(alpha.mean()) > 0.5 else "nothing stands out from the background"
-        raise KilnError(
-            "bad-input",
-            f"No object was found in {path.name}: {seen}.",
-            "Give a picture of one object with some background around it, or a PNG with a transparent background.",
-        )
-    left, top, side = _frame(alpha, fraction, path.name)
-    progress(1.0, note)
-    return Picture(_scaled(np.dstack([color, alpha]), (left, top, left + side, top + side), size), note)
+    left, top, side = _frame(alpha, fraction, name)
+    return _scaled(np.dstack([color, alpha]), (left, top, left + side, top + side), size)
 
 
 def load_turntable(folder: Path, progress: Progress = silent) -> tuple[Float[np.ndarray, "k s s 3"], Float[np.ndarray, "k s s"] | None]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from skimage.metrics import structural_similarity
 
-from backend.splats.image_loss import SCALE_WEIGHTS, Gradients, comparer, ms_ssim, scales
+from backend.splats.image_loss import SCALE_WEIGHTS, Gradients, comparer, ms_ssim, scales, settled
 
 
 def pictures(size: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,5 +73,5 @@ def test_where_there_is_no_network_slopes_are_compared_at_each_scale():
 
 def test_without_vgg_the_user_is_told_what_is_lost(monkeypatch, tmp_path):
     monkeypatch.setenv("KILN_HOME", str(tmp_path))
-    compared, sentence = comparer("auto")
-    assert isinstance(compared, Gradients) and "vgg16-lpips" in sentence and "softer" in sentence
+    name, sentence = settled("auto")
+    assert isinstance(comparer(name), Gradients) and "vgg16-lpips" in sentence and "softer" in sentence

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image, ImageCms
 from scipy.ndimage import gaussian_filter
 
-from backend.views.picture import FRACTION, LARGEST_SIDE, load_turntable, prepare, read
+from backend.diffusion.matte import prepare
+from backend.views.picture import FRACTION, LARGEST_SIDE, load_turntable, read
 from protocol.errors import KilnError
 
 ORANGE, BLUE = (230, 120, 20), (20, 60, 200)
