@@ -52,6 +52,7 @@ def test_weights_are_small_and_missing_ones_get_a_sentence(tmp_path):
     assert error.value.code == "no-weights"
 
 
+@pytest.mark.long
 def test_training_that_was_stopped_goes_on_to_the_same_weights(tmp_path):
     def stop(share, text="", preview=None):
         if (tmp_path / "stopped" / CHECKPOINT).exists() and text.startswith("step 4"):
@@ -70,6 +71,7 @@ def test_training_that_was_stopped_goes_on_to_the_same_weights(tmp_path):
         train(tmp_path / "whole", Settings(turntables=4, weighed=3, looks=1, steps=6, batch=4, report=3, measured=2))
 
 
+@pytest.mark.long
 def test_the_command_line_trains(tmp_path, capsys):
     assert cli.main(["train", "elevation", "--out", str(tmp_path / "run"), "--turntables", "4", "--steps", "1"]) == 0
     assert "Mean error" in capsys.readouterr().out and (tmp_path / "run" / FILE).exists()

@@ -99,7 +99,7 @@ def test_folding_batch_normalisation_changes_nothing():
         assert torch.allclose(one, other, atol=1e-4)
 
 
-@pytest.mark.parametrize("task", ["shape", "instance"])
+@pytest.mark.parametrize("task", ["shape", pytest.param("instance", marks=pytest.mark.long)])
 def test_training_is_repeatable(task):
     one, other = (train(task, 8, 3, 4, 5).state_dict() for _ in range(2))
     assert all(torch.equal(one[name], other[name]) for name in one)
