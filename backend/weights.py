@@ -280,7 +280,9 @@ def memory_plan(id: str, free_bytes: int, device: str) -> Plan:
     ways = {way: int(1e9 * need) for way, need in one.memory.items() if anywhere or (way == "fp32") == cpu}
     if not ways:
         where, other = ("a GPU", "the CPU") if cpu else ("the CPU", "a GPU")
-        hint = "Choose kiln-tiny-turntable, or compute on another machine." if cpu else "Set the device to the CPU."
+        hint = "Set the device to the CPU."
+        if cpu:
+            hint = "Compute on a machine with one. From a picture, kiln-tiny-turntable needs none."
         raise KilnError("no-device", f"{one.title} runs on {where} only, and this would be {other}.", hint)
     best = next(iter(ways))
     whole = f"needs {_gigabytes(ways[best])}, {_gigabytes(free_bytes)} free"

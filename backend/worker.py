@@ -344,13 +344,15 @@ def _png(picture: Any) -> bytes:
 
 
 def _holds_networks() -> bool:
-    loading = sys.modules.get("backend.diffusion.loading")  # no job needed it yet: nothing is loaded
-    return loading is not None and loading.is_warm()
+    loading, matte = (sys.modules.get(f"backend.diffusion.{name}") for name in ("loading", "matte"))  # what no job needed is not loaded
+    return loading is not None and loading.is_warm() or matte is not None and matte.is_warm()
 
 
 def _release_networks() -> None:
     if _holds_networks():
-        sys.modules["backend.diffusion.loading"].release()
+        for name in ("loading", "matte"):
+            if (module := sys.modules.get(f"backend.diffusion.{name}")) is not None:
+                module.release()
         print("The networks' memory was given back.")
 
 

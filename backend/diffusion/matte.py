@@ -259,6 +259,16 @@ def by_network(frame: Float[np.ndarray, "h w 3"], folder: Path) -> Float[np.ndar
     return np.clip(np.asarray(sized, np.float32), 0, 1)
 
 
+def is_warm() -> bool:
+    """Whether the matting network is in memory, ready for a next job."""
+    return _session.cache_info().currsize > 0
+
+
+def release() -> None:
+    """Gives its memory back."""
+    _session.cache_clear()
+
+
 @functools.lru_cache(maxsize=1)
 def _session(path: Path, changed: int) -> Any:
     """rembg's session of the network in the file `path`; `changed`, its time, tells a new file from an old one."""

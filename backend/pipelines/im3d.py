@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from backend.diffusion.matte import matte, prepare, straight
+from backend.diffusion.matte import matte, prepare, straight, way
 from backend.diffusion.text_to_image import draw
 from backend.diffusion.turntable import Turn, generate, refine, reroll
 from backend.mesh.bake import bake
@@ -29,13 +29,15 @@ from backend.splats.pictures import pictures, recolored, without_mist
 from backend.splats.render import render
 from backend.views.cameras import Camera
 from backend.views.orbit import Orbit
-from backend.views.picture import Picture, load_turntable
+from backend.views.picture import Picture, load_turntable, read
+from backend.views.turning import turning
 from backend.views.views import Frame, Views, load
 from protocol import recipes
 from protocol.errors import KilnError
 
 LAST_SHARE = 0.4  # of the other parts: the fit's last one. The paper refines its views at steps 500 and 1000 of 1200
 LOOKS = 48  # pictures of the splats that the mesh is made from
+LARGEST = 512  # pixels of a view that splats are fitted to: all views and their features are held in memory
 FINEST = 1024  # pixels of such a picture, at most
 
 
@@ -46,7 +48,7 @@ def im3d(run: Run, folder: Path, p: recipes.Im3d) -> PictureAsset | TurntableAss
         return from_views(run, load(folder, progress=run.progress), None, False, None, None, p)
     if any(folder.glob("view_*")):
         run.begin("Read views")
-        frames, alpha = load_turntable(folder)
+        frames, alpha = own_views(run, folder)
         turn = picture = None
     else:
         picture, alpha = the_picture(run, folder, p), None
@@ -55,7 +57,7 @@ def im3d(run: Run, folder: Path, p: recipes.Im3d) -> PictureAsset | TurntableAss
         turn = edited(run, turn, picture, folder, p)
         frames = turn.frames
     if alpha is None:
-        alpha = run.stage("Cut out the views", matte, frames, p.generate.matte)
+        alpha = run.stage("Cut out the views", matte, frames, way(p.generate.matte)[0])
     exact = turn is not None and turn.calibrated
     orbit = turn.orbit if exact else first_guess(run, frames, p.orbit, turn)
     views = as_views(frames, alpha, orbit, picture)
@@ -85,7 +87,7 @@ def from_views(
                 f"Refine views, round {number + 1}", refine, turn, renders, picture.rgba, replace(p.generate, rerolls="", only=False),
                 p.iterate.strength, p.iterate.steps, p.seed + number,
             )  # fmt: skip
-            alpha = run.stage(f"Cut out the views, round {number + 1}", matte, turn.frames, p.generate.matte)
+            alpha = run.stage(f"Cut out the views, round {number + 1}", matte, turn.frames, way(p.generate.matte)[0])
             views = as_views(turn.frames, alpha, orbit, picture)
     splats = recolored(splats, views.cameras)
     solid = without_mist(splats)
@@ -106,12 +108,13 @@ def the_picture(run: Run, folder: Path, p: recipes.Im3d) -> Picture:
     """The subject of the input picture, or of one that is made from the prompt, cut out and centred."""
     files = sorted(folder.glob("image.*"))
     if files:
-        return run.stage("Read the picture", prepare, files[0], p.generate.matte)
+        cut_out = p.generate.matte if read(files[0], 64)[1] is not None else way(p.generate.matte)[0]  # for finished stages: no "auto"
+        return run.stage("Read the picture", prepare, files[0], cut_out)
     if not p.generate.prompt:
         raise KilnError(
             "bad-input", "There is neither a picture nor a prompt.", "Choose a picture, or say in generate.prompt what the subject is."
         )
-    return run.stage("Make a picture of the text", draw, p.generate.prompt, p.generate.matte, p.seed)
+    return run.stage("Make a picture of the text", draw, p.generate.prompt, way(p.generate.matte)[0], p.seed)
 
 
 def edited(run: Run, turn: Turn, picture: Picture, folder: Path, p: recipes.Im3d) -> Turn:
@@ -124,8 +127,31 @@ def edited(run: Run, turn: Turn, picture: Picture, folder: Path, p: recipes.Im3d
     frames = turn.frames.copy()
     for path in sorted(folder.glob("replace_*")):
         (view,) = numbers(path.stem.removeprefix("replace_"), len(frames))
-        frames[view] = prepare(path, p.generate.matte).on_white(frames.shape[1])
+        frames[view] = replacement(path, p.generate.matte, frames.shape[1])
     return replace(turn, frames=frames)
+
+
+def replacement(path: Path, how: str, size: int) -> Float[np.ndarray, "s s 3"]:
+    """The user's picture in the place of a view, on white. A square one is taken to be a view that was worked on, its subject where it
+    belongs; of others the subject is cut out and put in the middle."""
+    color, alpha = read(path)
+    if color.shape[0] != color.shape[1]:
+        return prepare(path, how).on_white(size)
+    if alpha is None:
+        alpha = np.ones(color.shape[:2], np.float32)
+    return Picture(np.dstack([color, alpha])).on_white(size)
+
+
+def own_views(run: Run, folder: Path) -> tuple[Float[np.ndarray, "k s s 3"], Float[np.ndarray, "k s s"] | None]:
+    """The user's turntable on white, at most LARGEST pixels wide, and its alpha, None where it has none."""
+    frames, alpha = load_turntable(folder, run.progress)
+    cover = np.ones(frames.shape[:3], np.float32) if alpha is None else alpha
+    if frames.shape[1] > LARGEST:
+        run.log(f"The views are fitted at {LARGEST} pixels.")
+    size = min(LARGEST, frames.shape[1])
+    views = np.stack([Picture(np.dstack(pair)).resized(size) for pair in zip(frames, cover, strict=True)])
+    on_white = views[..., :3] * views[..., 3:] + 1 - views[..., 3:]
+    return on_white.astype(np.float32), None if alpha is None else views[..., 3]
 
 
 def numbers(text: str, count: int) -> list[int]:
@@ -141,7 +167,12 @@ def first_guess(run: Run, frames: Float[np.ndarray, "k s s 3"], p: recipes.Orbit
     """The turn's azimuths, equal steps where there is none, at the elevation that the network sees (appendix A.1), or at the given one."""
     height = run.stage("Estimate the elevation", elevation.estimate, frames) if p.estimate else p.elevation
     guess = Orbit.turn(len(frames), height, p.fov)
-    return guess if turn is None else replace(guess, azimuths=turn.orbit.azimuths)
+    if turn is not None:
+        return replace(guess, azimuths=turn.orbit.azimuths)
+    if p.estimate and turning(frames).direction < 0:
+        run.log("The views turn the other way: the camera goes to the left.")
+        return replace(guess, azimuths=-guess.azimuths)
+    return guess
 
 
 def as_views(frames: Float[np.ndarray, "k s s 3"], alpha: Float[np.ndarray, "k s s"], orbit: Orbit, picture: Picture | None) -> Views:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
@@ -58,22 +58,6 @@ def turning(frames: Float[np.ndarray, "n h w 3"]) -> Turning:
     even = gone * (360.0 / max(length, 1e-6))
     direction = _direction(frames, even)
     return Turning(even * (direction or 1), direction, closed)
-
-
-def choose(frames: Float[np.ndarray, "n h w 3"], views: int) -> tuple[Int[np.ndarray, "k"], Float[np.ndarray, "k"]]:
-    """Frames nearest to `views` equal steps of one turn, frame 0 first, none twice; and their azimuths."""
-    found = azimuths(frames)
-    free, chosen = set(range(len(found))), []
-    sign = -1.0 if found[-1] < 0 else 1.0
-    for target in np.arange(min(views, len(found))) * 360.0 / views:
-        nearest = min(sorted(free), key=lambda index: abs(_signed(found[index] - sign * target)))
-        free.remove(nearest)
-        chosen.append(nearest)
-    return np.array(chosen, np.int64), found[chosen]
-
-
-def _signed(angle: float) -> float:
-    return (angle + 180.0) % 360.0 - 180.0
 
 
 def _small(frames: Float[np.ndarray, "n h w 3"], size: int) -> Float[np.ndarray, "n s s 3"]:

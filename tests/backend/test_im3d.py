@@ -8,7 +8,7 @@ import trimesh
 from PIL import Image
 
 from backend.pipelines.asset import coded
-from backend.pipelines.im3d import as_views, im3d, numbers, parts
+from backend.pipelines.im3d import as_views, im3d, numbers, own_views, parts, replacement
 from backend.pipelines.run import Run
 from backend.train import objects, turntables
 from backend.views.orbit import Orbit
@@ -114,6 +114,32 @@ def test_ones_own_turntable_needs_no_generator(thing, stages, tmp_path):
     report = json.loads((out / "report.json").read_text())
     assert report["evaluations"] == 0 and report["orbit"]["elevation"] == 25.0 and report["agreement"][0] > 18
     assert not any("Generate" in name or "Refine" in name for name in run.seconds)
+
+
+def test_own_views_with_soft_alpha_keep_their_colours(tmp_path):
+    for index in range(4):
+        view = np.full((64, 64, 4), (200, 100, 40, 0), np.uint8)
+        view[16:48, 16:48, 3], view[20:44, 20:44, 3] = 128, 255
+        Image.fromarray(view).save(tmp_path / f"view_{index:03d}.png")
+    frames, alpha = own_views(Run(), tmp_path)
+    views = as_views(frames, alpha, Orbit.turn(4, 10.0, 40.0), None)
+    assert np.abs(views.images[alpha > 0.4] - np.array([200, 100, 40]) / 255).max() < 0.02
+    assert frames[0, 0, 0].min() == 1  # what is transparent is white to whoever looks at pictures
+
+
+def test_large_views_of_ones_own_are_reduced(tmp_path):
+    for index in range(4):
+        Image.new("RGB", (700, 700), (255, 255, 255)).save(tmp_path / f"view_{index:03d}.png")
+    frames, alpha = own_views(Run(), tmp_path)
+    assert frames.shape == (4, 512, 512, 3) and alpha is None
+
+
+def test_a_view_that_was_worked_on_keeps_its_subjects_place(tmp_path):
+    view = np.zeros((64, 64, 4), np.uint8)
+    view[10:20, 40:50] = (200, 30, 30, 255)
+    Image.fromarray(view).save(tmp_path / "replace_003.png")
+    subject = replacement(tmp_path / "replace_003.png", "border", 64).min(-1) < 0.5
+    assert np.array_equal(np.argwhere(subject).min(0), [10, 40]) and np.array_equal(np.argwhere(subject).max(0), [19, 49])
 
 
 def test_a_model_that_is_not_installed_is_named_with_size_and_licence(picture, tmp_path, monkeypatch):

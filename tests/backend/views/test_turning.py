@@ -9,7 +9,7 @@ from backend.train.objects import make
 from backend.train.turntables import picture
 from backend.views.coherence import unexplained
 from backend.views.orbit import Orbit
-from backend.views.turning import azimuths, choose, turning
+from backend.views.turning import azimuths, turning
 
 
 def clip(angles, thing=None, elevation=15.0, size=48):
@@ -69,14 +69,6 @@ def test_what_looks_the_same_from_everywhere_is_taken_to_turn_once(turn):
     found = turning(frames)
     assert found.direction == 0 and not found.closed
     assert np.isfinite(found.azimuths).all() and len(found.azimuths) == 16
-
-
-def test_frames_are_chosen_evenly_and_once(turn):
-    indices, at = choose(np.concatenate([turn, turn[:7]]), 8)
-    assert indices[0] == 0 and len(set(indices.tolist())) == 8
-    steps = np.abs(np.diff(at))
-    assert steps.min() > 38 and steps.max() < 52
-    assert len(choose(turn[:5], 8)[0]) == 5
 
 
 def test_silhouettes_fit_together_at_their_own_height_and_field_of_view(turn):
