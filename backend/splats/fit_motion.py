@@ -228,7 +228,7 @@ def fit_on_cpu(
     pull, seen = np.zeros(count), np.zeros(count)
     orders, rounds = fit.Orders(len(fitted), random), set(fit.growth_steps(p.iterations, schedule.splats))
     previews = Previews(views)
-    reported = time.monotonic()
+    reported = time.monotonic() - fit.REPORT_EVERY  # the first step is told, with a picture
     shown = reported - fit.PREVIEW_EVERY
     for step in range(p.iterations):
         done = step / p.iterations

@@ -172,7 +172,7 @@ def fit_with(
     moments, rounds = shared.Orders(len(seen_moments), random), set(shared.growth_steps(p.iterations, schedule.splats))
     previews = ours.Previews(views)
     state = gpu._State(torch, device, engine, pack(start)[:, : len(start)])
-    reported = time.monotonic()
+    reported = time.monotonic() - shared.REPORT_EVERY  # the first step is told, with a picture
     shown = reported - shared.PREVIEW_EVERY
     for step in range(p.iterations):
         done = step / p.iterations
