@@ -478,7 +478,9 @@ def submitted(monkeypatch):
     """What Generate would send, without a backend."""
     sent = []
     monkeypatch.setattr(session.Session, "want_backend", lambda self: None)
-    monkeypatch.setattr(session.Session, "submit", lambda self, *given: sent.append(given) or types.SimpleNamespace(quads=0))
+    monkeypatch.setattr(
+        session.Session, "submit", lambda self, *given: sent.append(given) or types.SimpleNamespace(quads=0, data={"parameters": {}})
+    )
     monkeypatch.setattr(session.Session, "wait_for_results", lambda self, job: (_ for _ in ()).throw(KilnError("enough", "Enough.")))
     return sent
 

@@ -601,7 +601,7 @@ def job(tmp_path, monkeypatch):
     monkeypatch.setattr(session.Session, "drain", lambda self: False)
     data = {
         "id": "job-1", "recipe": "animate", "parameters": recipes.values(recipes.make("animate")), "title": "Strip", "state": "done",
-        "source": NEAR, "created": 0.0, "finished": 0.0, "started": 0.0,
+        "source": NEAR, "created": 0.0, "finished": 0.0, "started": 0.0, "results": {"mesh.glb": ["", 0]},
     }  # fmt: skip
     made = now.jobs["job-1"] = session.Job(data)
     result = Strip()
