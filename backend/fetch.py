@@ -722,13 +722,6 @@ def refuse_code(path: Path, name: str | None = None) -> None:
             _refuse_parts(found, name)
 
 
-def refuse_code_in(folder: Path) -> None:
-    """`refuse_code` for a folder of a user's own weights: every configuration in it, and no weights that are pickles."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.suffix in (".json", ".safetensors", ".onnx"):
-            refuse_code(path, path.relative_to(folder).as_posix())
-
-
 def _leads_to_code(found: Any) -> str:
     if isinstance(found, dict):
         for key, value in found.items():

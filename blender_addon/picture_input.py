@@ -12,7 +12,6 @@ import bpy
 from .protocol import picture
 from .protocol.errors import KilnError
 
-LARGEST_SIDE = 8192  # pixels, of what the backend takes
 NOT_ONE = {"MOVIE": "a movie", "SEQUENCE": "a sequence of pictures", "TILED": "made of tiles"}  # kinds of images that are not one picture
 
 
@@ -134,8 +133,8 @@ MOST_SHOWN = 20_000_000  # bytes of a picture that is read for its icon: Blender
 def save(image: bpy.types.Image, path: Path) -> Path:
     """Writes an image of Blender's, whatever it is stored as and wherever (packed, painted, generated, floats, a render), as 8-bit sRGB
     with straight alpha: as it looks in the Standard view. Raises KilnError("bad-subject")."""
-    if max(image.size) > LARGEST_SIDE:
-        words = f"{image.name} is {image.size[0]} x {image.size[1]} pixels; {LARGEST_SIDE} a side are allowed."
+    if max(image.size) > picture.LARGEST_SIDE:
+        words = f"{image.name} is {image.size[0]} x {image.size[1]} pixels; {picture.LARGEST_SIDE} a side are allowed."
         raise KilnError("bad-subject", words, "Scale it down: Image, Resize in the Image Editor. 512 to 2048 pixels are a good size.")
     scene = bpy.data.scenes.new("Kiln picture")
     try:

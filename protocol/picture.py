@@ -11,6 +11,7 @@ from .errors import KilnError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".avif")
 MOVIES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ogv", ".wmv", ".flv", ".gif")
 LEAST_VIEWS = 4  # of a turntable
+SMALLEST_SIDE, LARGEST_SIDE = 32, 8192  # pixels of a picture
 _SIDE = re.compile(r"view_\d+", re.IGNORECASE)
 _READS = ", ".join(suffix[1:] for suffix in SUFFIXES)
 

@@ -22,12 +22,10 @@ from PIL import Image, ImageCms, ImageOps
 
 from backend.progress import Progress, silent
 from protocol.errors import KilnError
+from protocol.picture import LARGEST_SIDE, LEAST_VIEWS, SMALLEST_SIDE, SUFFIXES
 from protocol.views import MOST_PIXELS, MOST_VIEWS
 
-SMALLEST_SIDE, LARGEST_SIDE = 32, 8192  # pixels
-LEAST_VIEWS = 4
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF", "JPEG2000")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".avif")
 READABLE = "PNG, JPEG, WebP, TIFF, BMP or AVIF"
 FRACTION = 0.85  # of the side, that the subject's longer side takes: what a turntable leaves for the parts that turn towards the camera
 SMALLEST_SUBJECT = 16  # pixels, the longer side
