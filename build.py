@@ -37,7 +37,7 @@ import tomllib
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
@@ -73,6 +73,9 @@ SYSTEM_LIBRARIES = [
     ("libGL.so.1", "libgl1", "mesa-libGL", "libglvnd"),
     ("libEGL.so.1", "libegl1", "mesa-libEGL", "libglvnd"),
 ]
+
+
+Work = Callable[[IO[bytes] | None], int]  # a part of the tests: prints into the file, or at once; its exit code
 
 
 def _load(path: Path):
@@ -393,12 +396,6 @@ def test(options: argparse.Namespace) -> None:
     """set everything up, then lint and run every test; further words go to pytest"""
     seconds: list[tuple[str, float, str]] = []
 
-    def part(name: str, work: Callable[[], int]) -> None:
-        print(f"\n=== {name}", flush=True)
-        started = time.monotonic()
-        code = work()
-        seconds.append((name, time.monotonic() - started, "ok" if code == 0 else f"FAILED ({code})"))
-
     begun = time.monotonic()
     environments = Environments(options)
     print("=== set-up", flush=True)
@@ -408,36 +405,64 @@ def test(options: argparse.Namespace) -> None:
     seconds.append(("set-up", time.monotonic() - begun, "ok"))
 
     with _scratch() as scratch:
-        variables = {**_variables(backend), "KILN_HOME": str(scratch / "kiln"), "BLENDER_USER_RESOURCES": str(scratch / "blender")}
+        kept: list[tuple[str, Path]] = []
 
-        def pytest(command: Callable[[Sequence[str]], list[str]], *folders: str, marker: str = "") -> Callable[[], int] | None:
+        def lane(parts: Sequence[tuple[str, Work | None]], quiet: bool) -> None:
+            """One part after the other. quiet: what they print is kept until all that is printed at once has ended."""
+            for name, work in parts:
+                if work is None:
+                    continue
+                started = time.monotonic()
+                if quiet:
+                    output = scratch / f"{len(kept)}.txt"
+                    with output.open("wb") as file:
+                        code = work(file)
+                    kept.append((name, output))
+                else:
+                    print(f"\n=== {name}", flush=True)
+                    code = work(None)
+                seconds.append((name, time.monotonic() - started, "ok" if code == 0 else f"FAILED ({code})"))
+
+        def pytest(command: Callable[[Sequence[str]], list[str]], *folders: str, marker: str = "") -> Work | None:
             """One run of pytest on those of the folders, or of the files that the user names, that lie in them."""
             words, chosen = _split(options.further, folders)
             there = [folder for folder in folders if (ROOT / folder).exists()] if chosen is None else chosen
             if not there:
                 return None
             marks = " and ".join([*([marker] if marker else []), *([] if options.long else ["not long"])])
-            arguments = ["-m", "pytest", "-q", "--rootdir", str(ROOT), "-o", f"cache_dir={CACHE / 'pytest'}", "-m", marks, *words, *there]
+            own = folders[0].replace("/", "-")  # two of them run side by side
+            cache, home = CACHE / "pytest" / own, scratch / own
+            variables = {**_variables(backend), "KILN_HOME": str(home), "BLENDER_USER_RESOURCES": str(scratch / "blender")}
+            arguments = ["-m", "pytest", "-q", "--rootdir", str(ROOT), "-o", f"cache_dir={cache}", "-m", marks, *words, *there]
 
-            def work() -> int:
-                code = subprocess.run(command(arguments), cwd=ROOT, env=variables).returncode
+            def work(output: IO[bytes] | None) -> int:
+                code = subprocess.run(
+                    command(arguments), cwd=ROOT, env=variables, stdout=output, stderr=output and subprocess.STDOUT
+                ).returncode
                 # 5: no test was found. A fault, unless the user asked for less than the whole.
                 return 0 if code == 5 and options.further else code
 
             return work
 
-        parts: list[tuple[str, Callable[[], int] | None]] = [
-            ("lint", None if _split(options.further, ())[1] is not None else lambda: _lint(backend)),
+        here: list[tuple[str, Work | None]] = [
+            ("lint", None if _split(options.further, ())[1] is not None else lambda output: _lint(backend)),
             ("backend", pytest(lambda arguments: [str(backend), *arguments], "tests/protocol", "tests/backend", "tests/test_build.py")),
         ]
+        beside: list[tuple[str, Work | None]] = []
         for one in [blender, *(other for other in others if other)]:
-            parts.append((f"Blender {one.version}", pytest(one.command, "tests/blender")))
-            parts.append((f"end to end, Blender {one.version}", pytest(one.command, "tests/end_to_end")))
+            beside.append((f"Blender {one.version}", pytest(one.command, "tests/blender")))
+            beside.append((f"end to end, Blender {one.version}", pytest(one.command, "tests/end_to_end")))
         if oldest:
-            parts.append((f"Blender {oldest.version}", pytest(oldest.command, "tests/blender", "tests/end_to_end", marker="oldest")))
-        for name, work in parts:
-            if work:
-                part(name, work)
+            beside.append((f"Blender {oldest.version}", pytest(oldest.command, "tests/blender", "tests/end_to_end", marker="oldest")))
+        if (os.cpu_count() or 1) > 1 and any(work for _, work in here):  # either is mostly one thread, which compiles or renders
+            with concurrent.futures.ThreadPoolExecutor(1) as other:
+                waiting = other.submit(lane, beside, True)
+                lane(here, False)
+                waiting.result()
+        else:
+            lane([*here, *beside], False)
+        for name, output in kept:
+            print(f"\n=== {name}\n{output.read_text('utf-8', 'replace')}", flush=True)
 
     print("\n=== seconds")
     for name, took, outcome in seconds:
