@@ -76,8 +76,8 @@ def _choice(default, options, help, advanced=False):
     return field(default=default, metadata=dict(help=help, options=tuple(options.items()), advanced=advanced))
 
 
-def _text(longest, help, advanced=False):
-    return field(default="", metadata=dict(help=help, high=longest, advanced=advanced))
+def _text(longest, help, advanced=False, default=""):
+    return field(default=default, metadata=dict(help=help, high=longest, advanced=advanced))
 
 
 def _flag(default, help, advanced=False):
@@ -168,6 +168,12 @@ class Texture:
     padding: int = _number(
         4, 0, 64, "Pixels of colour around each chart, against seams at a distance; down to 2 where charts are many and small.", "px", True
     )
+    power_of_two: bool = _flag(False, "Round the texture's size down to a power of two, as some graphics cards and engines want it.", True)
+
+
+def pixels(texture: Texture) -> int:
+    """Width and height of the texture as it is made."""
+    return 1 << (texture.size.bit_length() - 1) if texture.power_of_two else texture.size
 
 
 @dataclass(frozen=True)
@@ -350,6 +356,53 @@ class Placing:
     size: float = _number(1.0, 0.001, 1000.0, "Longest side of the asset.", "m")
 
 
+ENGINES = {
+    "none": "No file for a game engine",
+    "gltf": "Any reader of glTF 2.0: levels by MSFT_lod, hulls as nodes NAME-collision-01",
+    "godot": "Godot 4: hulls become collision shapes; it makes its own levels and passes over the file's",
+    "unity": "Unity: levels NAME_LOD0, NAME_LOD1, ... make a LOD Group, of an FBX; hulls NAME_Collider_01",
+    "unreal": "Unreal Engine 5: hulls UCX_NAME_01 become the mesh's collision; Nanite takes the first level",
+}
+PIVOTS = {
+    "base": "The middle of the underside: it stands where it is put",
+    "centre": "The middle of the box around it",
+    "source": "The source object's own origin, or the base where that is not known",
+    "world": "The scene's origin",
+}
+
+
+UPS = {"y": "Y up, as glTF says and engines expect", "z": "Z up, against glTF, for tools that do not turn it"}
+
+
+@dataclass(frozen=True)
+class Game:
+    """game.glb beside mesh.glb: the mesh with further levels of detail, collision hulls, one material, names and axes as an engine wants
+    them."""
+
+    engine: str = _choice("none", ENGINES, "For which engine names and hulls are written.")
+    name: str = _text(100, "The asset's name in the file; {name} stands for the job's own.", default="{name}")
+    lods: int = _number(3, 0, 6, "Levels of detail beyond the mesh itself.")
+    lod_ratio: float = _number(0.5, 0.05, 0.95, "Triangles of a level as a share of the level before.")
+    lod_sizes: str = _text(
+        100,
+        "Shares of the screen's height below which each next level is shown, and nothing below the last if there is one more, as"
+        " 0.5 0.2 0.1; empty: where the level's error is a pixel of 1080.",
+        True,
+    )
+    hulls: int = _number(16, 0, 64, "Convex collision hulls, at most; as few as come within a tenth of the volume.")
+    pivot: str = _choice("base", PIVOTS, "What lies at the origin.")
+    up: str = _choice("y", UPS, "Which axis of the file points up.", True)
+    scale: float = _number(1.0, 0.0001, 10_000.0, "Units of the file for a metre.", advanced=True)
+    channels: int = _number(
+        12,
+        3,
+        12,
+        "8-bit texture channels over all maps: colour 3, opacity 1, normals 3, roughness and metallic 2, emission 3 are kept in this order"
+        " while they fit.",
+        advanced=True,
+    )
+
+
 @dataclass(frozen=True)
 class Reconstruct:
     """Renders of an object -> splats -> surface -> textured mesh."""
@@ -374,6 +427,7 @@ class Reconstruct:
     fit: Fit = Fit()
     surface: Surface = Surface()
     texture: Texture = Texture()
+    game: Game = Game()
     seed: int = _number(0, 0, 2**31 - 1, "Start of every random draw: same seed, same device, same result.", advanced=True)
 
 
@@ -395,6 +449,7 @@ class MeshSplats:
     look: Look = Look()
     surface: Surface = Surface()
     texture: Texture = Texture()
+    game: Game = Game()
 
 
 @dataclass(frozen=True)
@@ -453,6 +508,7 @@ class Im3d:
     refine: RefineSurface = RefineSurface()
     texture: Texture = Texture()
     placing: Placing = Placing()
+    game: Game = Game()
     seed: int = _number(0, 0, 2**31 - 1, "Start of every random draw: same seed, same device, same result.", advanced=True)
 
 
