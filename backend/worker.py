@@ -199,12 +199,14 @@ def main_memory() -> tuple[int, int]:
 def run_job(command: dict[str, Any], send: Callable[[dict[str, Any]], None], cancelled: set[str]) -> None:
     """Runs one job to its end, which is the last message it sends. `cancelled`: the jobs that are to stop."""
     job = command["job"]
-    reports = _Reports(lambda message: send({"job": job, **message}))
-    send({"job": job, **_outcome(command, reports, lambda: job in cancelled)})
+    reports = Reports(lambda message: send({"job": job, **message}))
+    send({"job": job, **compute(command, reports, lambda: job in cancelled)})
     cancelled.discard(job)
 
 
-def _outcome(command: dict[str, Any], reports: _Reports, cancelled: Callable[[], bool]) -> dict[str, Any]:
+def compute(command: dict[str, Any], reports: Reports, cancelled: Callable[[], bool]) -> dict[str, Any]:
+    """Runs the recipe of a `run` command, in this process, and returns the message that ends the job. The results lie in `results` of the
+    command's folder."""
     folder = Path(command["folder"])
     try:
         from backend.pipelines.run import Run  # numpy and more: not before the server has its answer
@@ -298,7 +300,7 @@ class _Log(io.RawIOBase):
         return len(content)
 
 
-class _Reports:
+class Reports:
     """Passes a run's reports on, no more often than a person can see, previews as PNG."""
 
     def __init__(self, send: Callable[[dict[str, Any]], None]):
