@@ -10,6 +10,7 @@ from protocol.errors import KilnError
 
 Kind = Literal["stage", "progress", "log", "done", "failed", "cancelled"]
 FINAL: tuple[Kind, ...] = ("done", "failed", "cancelled")
+ENDS_ALL = ("unavailable", "refused", "no-space")
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class Event:
 class Engine(Protocol):
     """One thread owns an engine: no method is called from two.
 
-    What a single item meets comes as a `failed` event, or as a KilnError of `submit` and `fetch`. What ends them all, such as a backend that
-    is gone for good or a disk without room, is a KilnError with one of the codes `unavailable`, `refused`, `timeout` and `no-space`.
+    What a single item meets comes as a `failed` event, or as a KilnError of `submit` and `fetch`. What ends the whole run, such as a
+    backend that is gone for good or a disk without room, is a KilnError with a code of `ENDS_ALL`.
     """
 
     slots: int  # jobs that run at once; the run keeps about slots + 1 submitted
