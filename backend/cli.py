@@ -22,8 +22,9 @@ from typing import Any
 import backend.pipelines  # noqa: F401 - recipes kept outside this repository enter themselves
 from backend import weights
 from backend.disk import size_text
+from backend.inputs import gather, gather_picture
 from backend.store import check_name, size_of
-from protocol import VERSION, connection, picture, recipes, views
+from protocol import VERSION, connection, recipes
 from protocol.errors import KilnError
 
 DONE, FAILED, BAD, UNAVAILABLE, RUNS_ALREADY, CANCELLED = 0, 1, 2, 3, 4, 130
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="run the backend in this terminal")
     serve.add_argument("--host", default="127.0.0.1", help="address to listen on; another than 127.0.0.1 opens it to the network")
     serve.add_argument("--port", type=int, default=0, help="TCP port; 0 lets the system choose")
+    serve.add_argument("--workers", type=_count, default=1, metavar="N", help="jobs that run at once and share the cores (default: 1)")
     serve.add_argument("--until-idle", action="store_true", help="end when no client is connected and no job waits or runs")
     serve.add_argument("--home", help=argparse.SUPPRESS, default=argparse.SUPPRESS)
     serve.set_defaults(command=_serve)
@@ -203,6 +205,12 @@ def _recipe_parser(actions: Any, recipe: Any) -> None:
     parser.set_defaults(command=_run, recipe=recipe)
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 64:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to 64")
+    return int(text)
+
+
 def _flags(recipe: Any) -> list[Any]:
     """The parameters that matter for a folder of inputs: its views are taken already."""
     return [parameter for parameter in recipes.parameters(recipe) if parameter.group.lower() != "capture"]
@@ -214,12 +222,12 @@ def _flags(recipe: Any) -> list[Any]:
 def _serve(given: argparse.Namespace) -> int:
     from backend import server
 
-    server.serve(connection.home(), given.host, given.port, given.until_idle)
+    server.serve(connection.home(), given.host, given.port, given.until_idle, workers=given.workers)
     return DONE
 
 
-def _connect(given: argparse.Namespace, start: bool = False) -> Any:
-    """A client of the backend that runs; with `start`, of one that is started if none does."""
+def _connect(given: argparse.Namespace, start: bool = False, workers: int = 1) -> Any:
+    """A client of the backend that runs; with `start`, of one that is started if none does, then with this many workers."""
     from protocol.client import Client
 
     path = given.connection or connection.default_path()
@@ -231,10 +239,10 @@ def _connect(given: argparse.Namespace, start: bool = False) -> Any:
         # refused: by one that is stopping, or by another program that has the port of a backend which was killed
         if error.code not in ("unavailable", "refused") or not start or given.connection is not None:
             raise
-    return _start(path)
+    return _start(path, workers)
 
 
-def _start(path: Path) -> Any:
+def _start(path: Path, workers: int = 1) -> Any:
     """Starts a backend that ends by itself when it is no longer needed, and returns a client of it."""
     from protocol.client import Client
 
@@ -252,8 +260,8 @@ def _start(path: Path) -> Any:
     def spawn() -> subprocess.Popen:
         with open(log, "ab") as output:
             return subprocess.Popen(
-                [sys.executable, "-P", "-m", "backend.cli", "serve", "--until-idle"], stdin=subprocess.DEVNULL, stdout=output,
-                stderr=output, env=environment, cwd=connection.home(), **apart,
+                [sys.executable, "-P", "-m", "backend.cli", "serve", "--until-idle", "--workers", str(workers)], stdin=subprocess.DEVNULL,
+                stdout=output, stderr=output, env=environment, cwd=connection.home(), **apart,
             )  # fmt: skip
 
     process = spawn()
@@ -325,48 +333,6 @@ def _run(given: argparse.Namespace) -> int:
         if given.json:
             print(json.dumps(job, indent=1))
     return DONE
-
-
-def gather(path: Path, kind: str) -> dict[str, Path]:
-    """The input files of a recipe, by the names that they have for it: what `transforms.json` names, a file of splats, or a folder."""
-    if kind == "splats":
-        return _gather_splats(path)
-    if path.is_file() and path.name != "transforms.json" and kind in ("views", "motion"):
-        raise KilnError(
-            "bad-input",
-            f"{path.name} is no folder of views.",
-            "Give pictures from several cameras and their places in transforms.json. One picture: `kiln run im3d`; no recipe takes video.",
-        )
-    if path.is_file() and path.name != "transforms.json":
-        return {check_name(path.name): path}
-    folder = path.parent if path.is_file() else path
-    if not folder.is_dir():
-        raise KilnError("bad-input", f"There is no folder {path}.", "Give a folder of inputs.")
-    if kind not in ("views", "motion"):
-        return {check_name(file.relative_to(folder).as_posix()): file for file in sorted(folder.rglob("*")) if file.is_file()}
-    return views.files(folder, [check_name(name) for name in views.names(folder)])
-
-
-def gather_picture(given: Path | None, image: Path | None, turntable: Path | None, prompt: str) -> tuple[dict[str, Path], Path | None]:
-    """The input files of a recipe that starts from a picture, and which of the paths they come from; None where the prompt is all."""
-    if given is not None and (image is not None or turntable is not None):
-        raise KilnError("bad-input", f"Besides {given} there is {image or turntable}.", "Give one of INPUT, --image and --views.")
-    if given is not None:
-        image, turntable = (None, given) if given.is_dir() or given.name == "transforms.json" else (given, None)
-    found = picture.gather(image, turntable, prompt)
-    return {check_name(name): file for name, file in found.items()}, image or turntable
-
-
-def _gather_splats(path: Path) -> dict[str, Path]:
-    """One file, called splats.ply or splats.spz for the recipe. Of a results folder, splats.ply, which is exact."""
-    files = [path] if path.is_file() else sorted(one for one in path.glob("*") if one.suffix.lower() in (".ply", ".spz"))
-    files = [one for one in files if one.name == "splats.ply"] or files
-    if not path.exists():
-        raise KilnError("bad-input", f"There is no {path}.", "Give a .ply or .spz file of splats.")
-    if len(files) != 1 or files[0].suffix.lower() not in (".ply", ".spz"):
-        found = f"{len(files)} .ply and .spz files" if len(files) != 1 else "not splats by its name"
-        raise KilnError("bad-input", f"{path} is {found}." if path.is_file() else f"{path} holds {found}.", "Give one .ply or .spz file.")
-    return {"splats" + files[0].suffix.lower(): files[0]}
 
 
 def _train_elevation(given: argparse.Namespace) -> int:

@@ -7,9 +7,11 @@ import errno
 import os
 import shutil
 import sqlite3
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 from protocol.errors import KilnError
 
@@ -100,3 +102,31 @@ def move(source: Path, target: Path, durable: bool = True) -> None:
                 os.fsync(folder)
             finally:
                 os.close(folder)
+
+
+def lock(path: Path) -> IO[str]:
+    """Holds the file for this process alone, until it is closed; the system drops it with the process, however that ends.
+
+    The file then holds this process's id. Raises BlockingIOError, whose one argument is the holder's id as text, perhaps empty.
+    """
+    file = open(path, "a+")
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            file.seek(1 << 20)  # beyond the text, which others may then still read
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        holder = file.read(20).strip()
+        file.close()
+        raise BlockingIOError(holder) from None
+    file.seek(0)
+    file.truncate()
+    file.write(str(os.getpid()))
+    file.flush()
+    return file

@@ -12,6 +12,7 @@ of previews the newest twenty, and an hour after the job's end just the last of 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -55,7 +56,8 @@ log = logging.getLogger("kiln")
 
 
 class Jobs:
-    """`listener(event)` is called for every stored event, in order, from this object's own thread. `workers`: processes at most."""
+    """`listener(event)` is called for every stored event, in order, from this object's own thread. `workers`: jobs at once, each in a
+    process of its own."""
 
     def __init__(
         self,
@@ -65,7 +67,7 @@ class Jobs:
         cancel_seconds: float = CANCEL_SECONDS,
         silence_seconds: float = SILENCE_SECONDS,
     ):
-        self.store, self._listener = store, listener
+        self.store, self.workers, self._listener = store, workers, listener
         self._cancel_seconds, self._silence_seconds = cancel_seconds, silence_seconds
         self._lock = store.lock
         self._jobs: dict[str, dict[str, Any]] = {}  # every job, as on disk but with the progress of running ones
@@ -301,6 +303,8 @@ class Jobs:
         self._inbox.put(("wake",))
 
     def _loop(self) -> None:
+        if self.workers > 1:
+            _gpus()  # asked once, ahead of the first worker and outside of the lock
         last, next_housekeeping = time.monotonic(), 0.0
         while not self._closing:
             busy = any(slot.cancel_at is not None for slot in self._slots)
@@ -558,10 +562,13 @@ class _Slot:
         package = str(Path(__file__).resolve().parents[1])
         paths = [package, *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
         environment["PYTHONPATH"] = os.pathsep.join(os.path.abspath(path) for path in paths)  # its working folder is another
-        if slots > 1 and "CUDA_VISIBLE_DEVICES" not in environment:
-            environment["CUDA_VISIBLE_DEVICES"] = str(self.number)
-        # Numba counts the cores that it may run on, which in a container can be many more than its share of their time.
-        environment.setdefault("NUMBA_NUM_THREADS", str(cores()))
+        if slots > 1 and (gpus := _gpus()) > 1:
+            environment.setdefault("CUDA_VISIBLE_DEVICES", str(self.number % gpus))
+        # Numba counts the cores that it may run on, which in a container can be many more than its share of their time. Of several workers
+        # each gets its share, also of OpenMP and BLAS: threads beyond the cores cost more than they give.
+        share = str(max(1, cores() // slots))
+        for threads in ("NUMBA_NUM_THREADS", *(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS") if slots > 1 else ())):
+            environment.setdefault(threads, share)
         flags = 0
         if sys.platform == "win32":
             flags = subprocess.CREATE_NO_WINDOW | subprocess.BELOW_NORMAL_PRIORITY_CLASS
@@ -615,6 +622,17 @@ class _Slot:
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.job = self.folder = self.cancel_at = None
+
+
+@functools.cache
+def _gpus() -> int:
+    """NVIDIA cards here, as their driver lists them."""
+    program = shutil.which("nvidia-smi")
+    try:
+        listed = subprocess.run([program, "--list-gpus"], capture_output=True, text=True, timeout=10) if program else None
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines()) if listed else 0
 
 
 def _check_inputs(inputs: dict[str, str]) -> None:

@@ -657,6 +657,7 @@ class Server:
                 "home": str(self.home), "endpoint": self.endpoint, "uptime": now - self._started, "device": self.jobs.device(),
                 "jobs": dict(Counter(job["state"] for job in self.jobs.list())), "clients": clients, "refused": self._refused,
                 "disk_free": shutil.disk_usage(self.home).free, "until_idle": self._until_idle or self._stop_when_idle,
+                "workers": self.jobs.workers,
             }  # fmt: skip
 
         self._answer_from(self._pool, session, to, status)
@@ -944,29 +945,14 @@ class _Lock:
     """One backend to a home. The system drops the lock with the process, however it ends."""
 
     def __init__(self, path: Path):
-        self._file = open(path, "a+")
         try:
-            if sys.platform == "win32":
-                import msvcrt
-
-                self._file.seek(1 << 20)  # beyond the text, which others may then still read
-                msvcrt.locking(self._file.fileno(), msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.seek(0)
-            holder = self._file.read(20).strip()
-            self._file.close()
+            self._file = disk.lock(path)
+        except BlockingIOError as error:
+            (holder,) = error.args
             raise KilnError(
                 "already-running", f"A Kiln backend already serves {path.parents[1]}" + (f" (process {holder})." if holder else "."),
                 "Use that one, or stop it first with `kiln stop`.",
             ) from None  # fmt: skip
-        self._file.seek(0)
-        self._file.truncate()
-        self._file.write(str(os.getpid()))
-        self._file.flush()
 
     def close(self) -> None:
         self._file.close()

@@ -73,7 +73,8 @@ class Overrides:
 
 
 def read(path: Path, overrides: Overrides, out: Path, say: Callable[[str], None] = lambda text: None) -> list[Item]:
-    """The items of a folder, of a manifest file or of a single asset, each `.blend` still as one. out: the results' folder, which is not read as a source.
+    """The items of a folder, of a manifest file or of a single asset, each `.blend` still as one. out: the folder of results, which is
+    never read as a source.
 
     Raises KilnError("bad-manifest") where the whole cannot be understood, and "bad-parameter" or "bad-recipe" for overrides that no item
     could follow.
