@@ -880,7 +880,8 @@ class Capture:
             }
             for number, (view, matrix) in enumerate(zip(self._views, self.cameras, strict=True))
         ]
-        return {"w": size, "h": size, "fl_x": focal, "fl_y": focal, "cx": size / 2, "cy": size / 2, "frames": frames}
+        pivot = {"pivot": self._source["pivot"]} if "pivot" in self._source else {}
+        return {"w": size, "h": size, "fl_x": focal, "fl_y": focal, "cx": size / 2, "cy": size / 2, **pivot, "frames": frames}
 
     def _place(self) -> dict:
         """The source but for its fingerprint, as of now, which is the first moment."""
@@ -891,6 +892,7 @@ class Capture:
         else:
             location = Vector(((moment.lowest + moment.highest) / 2)[:2].tolist() + [float(moment.lowest[2])])
             rotation = Quaternion()
+        pivot = _pivot(self.subject)
         return {
             "title": self.subject.title,
             "kind": self.subject.kind,
@@ -900,6 +902,7 @@ class Capture:
             "location": list(location),  # Blender units
             "rotation": list(rotation),  # quaternion, w first
             "unit_scale": self._unit,  # metres in a Blender unit
+            **({"pivot": [value * self._unit for value in pivot]} if pivot is not None else {}),  # metres, world
             "dimensions": (moment.highest - moment.lowest).tolist(),  # Blender units, world axes
             "frame": scene.frame_current,
             "blender": bpy.app.version_string,
@@ -916,6 +919,32 @@ def capture(subject: Subject, p: recipes.Capture, folder: Path, seed: int = 0, r
         return work.finish()
     finally:
         work.close()
+
+
+def _pivot(subject: Subject) -> Vector | None:
+    """The subject's own origin, world, Blender units: an object's; a collection's, from which instances of it hang; of several objects that
+    of the one that they all hang from, if there is one."""
+    if subject.kind == "collection":
+        found = bpy.data.collections.get(subject.title)
+        return found.instance_offset.copy() if found is not None else None
+    roots = set()
+    for thing in _things(subject):
+        while thing.parent is not None:
+            thing = thing.parent
+        roots.add(thing)
+    only = _things(subject)[0] if subject.kind == "object" else roots.pop() if len(roots) == 1 else None
+    return only.matrix_world.translation.copy() if only is not None else None
+
+
+def from_the_front(table: Path) -> Path:
+    """Of captured views (their transforms.json) the one that shows the subject from the front, a little from the right and from above."""
+    frames = json.loads(table.read_text("utf-8"))["frames"]
+
+    def facing(frame):
+        backwards = [row[2] for row in frame["transform_matrix"][:3]]  # from the subject to the camera
+        return 0.45 * backwards[0] - 0.8 * backwards[1] + 0.4 * backwards[2]
+
+    return table.parent / max(frames, key=facing)["file_path"]
 
 
 def _simulated_motion(subject: Subject, evaluated: _Evaluated) -> dict[int, Matrix]:

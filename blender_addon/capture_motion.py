@@ -19,9 +19,9 @@ import numpy as np
 
 from . import capture
 from .capture import Moment, Subject, View
-from .protocol import messages, recipes
+from .protocol import recipes
 from .protocol.errors import KilnError
-from .protocol.views import MOST_MOVING_VIEWS, MOST_PIXELS
+from .protocol.views import MOST_FILES, MOST_MOVING_VIEWS, MOST_PIXELS
 
 STILL = 1e-3  # of the subject's radius: what moves less is an eighth of a pixel in views of 256
 FAR = 0.1  # of the cameras' sphere: what stays smaller shows as a few pixels
@@ -70,7 +70,7 @@ def sentence(p: recipes.CaptureMotion) -> str:
 
 def _fits(count: int, p: recipes.CaptureMotion) -> bool:
     views, files = count * _each(p), count * (_each(p) + 1) + 1
-    return views <= MOST_MOVING_VIEWS and views * p.size**2 <= MOST_PIXELS and files <= messages.INPUTS
+    return views <= MOST_MOVING_VIEWS and views * p.size**2 <= MOST_PIXELS and files <= MOST_FILES
 
 
 def _each(p: recipes.CaptureMotion) -> int:

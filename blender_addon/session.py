@@ -796,7 +796,7 @@ class Shoot:
             if self.recipe.INPUT == "picture":
                 shown = self.capture.shown()
             else:
-                shown = _from_the_front(inputs["transforms.json"]) if "transforms.json" in inputs else None
+                shown = capture.from_the_front(inputs["transforms.json"]) if "transforms.json" in inputs else None
             if shown:
                 picture = current.folder / "pictures" / f"{self.folder.name}{shown.suffix.lower()}"
                 picture.parent.mkdir(exist_ok=True)
@@ -820,17 +820,6 @@ class Shoot:
         except BaseException:
             self.close()
             raise
-
-
-def _from_the_front(table: Path) -> Path:
-    """Of captured views the one that shows the subject from the front, a little from the right and from above."""
-    frames = json.loads(table.read_text("utf-8"))["frames"]
-
-    def facing(frame):
-        backwards = [row[2] for row in frame["transform_matrix"][:3]]  # from the subject to the camera
-        return 0.45 * backwards[0] - 0.8 * backwards[1] + 0.4 * backwards[2]
-
-    return table.parent / max(frames, key=facing)["file_path"]
 
 
 class SetUp(threading.Thread):

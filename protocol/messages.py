@@ -8,6 +8,7 @@ from typing import Any
 import msgpack
 
 from .errors import KilnError
+from .views import MOST_FILES
 
 PROTOCOL = (1, 1)  # (major, minor): a new major breaks old peers, a new minor only adds messages and fields
 
@@ -20,7 +21,7 @@ NESTING = 8  # maps and lists within one another
 LIST_LENGTH = 1024
 MAP_LENGTH = 16384
 ID_LENGTH = 100  # characters of a request's id
-INPUTS = 5600  # files of one job: named as a capture names them, they fit into one request
+INPUTS = MOST_FILES  # of one job
 SOURCE_BYTES = 64 * 1024  # a job's provenance, packed
 TITLE_LENGTH = 200  # characters
 ARTIFACT_BYTES = 16 * 1024**3  # one file

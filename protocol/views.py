@@ -9,6 +9,7 @@ from .errors import KilnError
 
 MOST_VIEWS = 500  # of a still subject
 MOST_MOVING_VIEWS = 5500  # over all frames
+MOST_FILES = 5600  # of one job: named as a capture names them, they fit into one request
 MOST_PIXELS = 500_000_000  # over all views: about 14 GB with depth, normals and material
 
 
