@@ -113,7 +113,7 @@ def main() -> None:
             _release_networks()
         else:
             run_job(command, send, cancelled)
-        _free_memory()
+        free_memory()
 
 
 def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
@@ -301,10 +301,10 @@ class _Log(io.RawIOBase):
 
 
 class Reports:
-    """Passes a run's reports on, no more often than a person can see, previews as PNG."""
+    """Passes a run's reports on, no more often than a person can see, previews as PNG unless nobody looks at them."""
 
-    def __init__(self, send: Callable[[dict[str, Any]], None]):
-        self._send, self.stage = send, ""
+    def __init__(self, send: Callable[[dict[str, Any]], None], previews: bool = True):
+        self._send, self._previews, self.stage = send, previews, ""
         self._lines = 0
         self._next_progress = self._next_preview = 0.0
 
@@ -320,7 +320,7 @@ class Reports:
                 self._send({"kind": "log", "text": event["text"][:2000]})
         else:
             preview = event.get("preview")
-            if preview is not None and now >= self._next_preview:
+            if self._previews and preview is not None and now >= self._next_preview:
                 self._send({"kind": "preview", "png": _png(preview)})
                 self._next_preview = time.monotonic() + PREVIEW_SECONDS
             if now >= self._next_progress:
@@ -358,7 +358,7 @@ def _release_networks() -> None:
         print("The networks' memory was given back.")
 
 
-def _free_memory() -> None:
+def free_memory() -> None:
     """Gives back what the last job held: Blender wants the GPU too."""
     import gc
 
