@@ -104,7 +104,8 @@ def main() -> None:
     while True:
         if not warm and todo.empty():  # a job that waits already loads what it needs, and no more
             warm = True
-            send({"kind": "device", "device": warm_up(todo.empty)})
+            send({"kind": "device", "device": device()})
+            warm_up(todo.empty)
         try:
             command = todo.get(timeout=IDLE_SECONDS if _holds_networks() else None)
         except queue.Empty:
@@ -133,15 +134,14 @@ def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
     return os.fdopen(commands, "rb"), os.fdopen(replies, "wb")
 
 
-def warm_up(idle: Callable[[], bool]) -> dict[str, Any]:
-    """Loads and compiles ahead what jobs need, as long as none waits. Returns the device."""
+def warm_up(idle: Callable[[], bool]) -> None:
+    """Loads and compiles ahead what jobs need, as long as none waits."""
     for module, _ in PIPELINES.values():
         try:
             if idle() and hasattr(loaded := importlib.import_module(module), "warm_up"):
                 loaded.warm_up()
         except Exception:  # the job that needs it says so; the others run
             traceback.print_exc()
-    return device()
 
 
 def device() -> dict[str, Any]:
