@@ -430,7 +430,9 @@ class Jobs:
         if kind == "ready":
             slot.ready, slot.failures = True, 0
         elif kind == "device":
-            slot.warm, self._device = True, message["device"]
+            self._device = message["device"]
+        elif kind == "warm":
+            slot.warm = True
         if job is None or message.get("job") != job["id"]:
             return
         if kind in ("stage", "progress", "preview", "log"):

@@ -106,6 +106,7 @@ def main() -> None:
             warm = True
             send({"kind": "device", "device": device()})
             warm_up(todo.empty)
+            send({"kind": "warm"})
         try:
             command = todo.get(timeout=IDLE_SECONDS if _holds_networks() else None)
         except queue.Empty:
