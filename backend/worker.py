@@ -3,7 +3,7 @@ output, as frames of a 4-byte length (big-endian) and a msgpack map; what librar
 
 In: `run` (job, recipe, parameters, inputs: name -> [path, hash], folder, stages, stages_bytes), `cancel` (job), `release` (give back what
 memory networks hold between jobs; after the job that runs), `quit`. Out: `ready`,
-`device` once it is warm, `alive` every 2 s, and for a job: `stage`, `progress`, `preview` (PNG), `log`, then one of `done` (results:
+`device`, `warm` once it has compiled ahead, `alive` every 2 s, and for a job: `stage`, `progress`, `preview` (PNG), `log`, then one of `done` (results:
 names), `failed` (error), `cancelled`. The process ends by itself when its standard input closes: it never outlives the server.
 """
 
