@@ -250,6 +250,24 @@ def draw_parameters(layout, group, recipe: type, advanced: bool, without: tuple[
         row.prop(group, properties.identifier(parameter.name))
 
 
+def draw_game(layout, group, recipe: type) -> None:
+    """What a game engine wants of the asset, in a box of its own: it says what is made beside mesh.glb, not how well."""
+    found = [parameter for parameter in recipes.parameters(recipe) if parameter.group == "game"]
+    if not found:
+        return
+    engine = group.bl_rna.properties["game_engine"].enum_items[group.game_engine]
+    header, body = layout.panel("kiln_game", default_closed=True)
+    header.label(text=f"Game Engine: {engine.name}")
+    if not body:
+        return
+    body.prop(group, "game_engine")
+    draw_text(body, bpy.context, engine.description, "INFO")
+    column = body.column(align=True)
+    column.active = group.game_engine != "none"
+    for parameter in found[1:]:
+        column.prop(group, properties.identifier(parameter.name))
+
+
 def draw_picture(box, context, settings, group) -> None:
     """What a recipe that takes a picture starts from, and the model that makes views of it."""
     source = settings.picture_source
@@ -427,11 +445,13 @@ class KILN_PT_generate(KilnPanel, bpy.types.Panel):
                 without = ("generate.", "iterate.")
             elif recipe.INPUT == "picture":
                 without = AT_THE_SOURCE
+            without += ("game.",)
             draw_parameters(body, group, recipe, advanced=False, without=without)
             header, body = body.panel("kiln_advanced", default_closed=True)
             header.label(text="Advanced")
             if body:
                 draw_parameters(body, group, recipe, advanced=True, without=without)
+        draw_game(column, group, recipe)
         if recipe.INPUT != "motion":
             row = column.row(align=True, heading="Quads")
             row.prop(settings, "quads", text="")

@@ -37,7 +37,8 @@ def blender_property(parameter: recipes.Parameter, **more):
 
 def _spoken(value: str, meaning: str) -> str:
     """A choice's name: what it means, shortly, where its own name is that of a file or model."""
-    return meaning.partition(":")[0].partition(",")[0] if "-" in value else value.replace("_", " ").capitalize()
+    words = meaning.partition(":")[0].partition(",")[0] if "-" in value else value.replace("_", " ").capitalize()
+    return words.replace("Gltf", "glTF")
 
 
 def preset_items(recipe: type) -> list[tuple[str, str, str]]:
@@ -47,6 +48,10 @@ def preset_items(recipe: type) -> list[tuple[str, str, str]]:
 def takes(recipe: type, values: dict) -> str:
     """What a job will take, in words; the panel says how, "" as long as it is not there."""
     return ""
+
+
+def batch_chosen() -> None:
+    """Another batch was chosen in the list; the panel lists its items, nothing happens as long as it is not there."""
 
 
 _shown_items: dict[tuple, list] = {}  # Blender does not keep the texts of items that a function returns
@@ -91,10 +96,11 @@ def apply_preset(group: PropertyGroup, recipe: type, preset: str) -> None:
 
 
 def said(recipe: type) -> tuple[str, ...]:
-    """Parameters that say what to make, with which model and how far: no preset knows better."""
+    """Parameters that say what to make, with which model, how far and for which game engine: no preset knows better."""
     known = recipes.parameters(recipe)
     texts = (parameter.name for parameter in known if parameter.type is str and not parameter.options)
-    return (*texts, *recipe.WEIGHTS, *(parameter.name for parameter in known if parameter.name == "generate.only"))
+    others = (parameter.name for parameter in known if parameter.name == "generate.only" or parameter.group == "game")
+    return tuple(dict.fromkeys((*texts, *recipe.WEIGHTS, *others)))
 
 
 def value_of(group: PropertyGroup, parameter: recipes.Parameter):
@@ -143,6 +149,51 @@ MOTION = {
 def motion(settings: PropertyGroup) -> import_motion.How:
     """How the scene's settings want motion on the timeline."""
     return import_motion.How(settings.motion, settings.motion_loop, settings.motion_start if settings.motion_own_start else None)
+
+
+class KilnBatch(PropertyGroup):
+    """What the next batch of this scene takes and where it goes; recipe and parameters are the panel's."""
+
+    __annotations__ = {
+        "source": EnumProperty(
+            name="Items",
+            description="What assets to make",
+            items=[
+                ("SELECTION", "Selection", "Each selected object becomes an asset"),
+                ("COLLECTION", "Collection", "Each object, or each collection, in a collection becomes an asset"),
+                ("FOLDER", "Folder", "Each model, picture or splat file in a folder becomes an asset"),
+            ],
+        ),
+        "collection": PointerProperty(type=bpy.types.Collection, name="Collection", description="What to make assets of"),
+        "each": EnumProperty(
+            name="Each",
+            description="What becomes an asset",
+            items=[
+                ("OBJECT", "Each Object", "Every object in the collection and in those below it"),
+                ("COLLECTION", "Each Collection", "Every collection directly in it, as one asset"),
+            ],
+        ),
+        "folder": StringProperty(name="Folder", description="A folder of files; folders in it count too", subtype="DIR_PATH"),
+        "out": StringProperty(
+            name="Output", description="Folder for the assets, one folder each; empty: one of Kiln's own", subtype="DIR_PATH"
+        ),
+        "fbx": BoolProperty(name="FBX Too", description="Write each asset as FBX as well"),
+        "results": EnumProperty(
+            name="Results Into",
+            description="Where the results go besides the output folder",
+            items=[
+                ("COLLECTION", "Collection", "Into a collection of this file, when the batch is done"),
+                ("LIBRARY", "Asset Library", "Into an asset library file, with catalog and previews"),
+                ("FILES", "Folder Only", "Nowhere else"),
+            ],
+        ),
+        "into": PointerProperty(type=bpy.types.Collection, name="Into", description="Where results go; empty: a new one for the batch"),
+        "library": StringProperty(
+            name="Library File", description="A .blend file, made if it is not there; best in a folder that is an asset library",
+            subtype="FILE_PATH",
+        ),
+        "catalog": StringProperty(name="Catalog", description="Catalog of the assets; a / makes one inside another", default="Kiln"),
+    }  # fmt: skip
 
 
 class KilnSettings(PropertyGroup):
@@ -198,6 +249,7 @@ class KilnSettings(PropertyGroup):
         "motion_own_start": BoolProperty(
             name="Own Start Frame", description="Put the first moment at a frame of your choice, not at the one that it was captured at"
         ),
+        "batch": PointerProperty(type=KilnBatch),
         **{name: PointerProperty(type=group) for name, group in GROUPS.items()},
     }
 
@@ -206,14 +258,22 @@ class KilnJobRow(PropertyGroup):
     """A row of the job list; everything else about the job stands in `session.jobs` under its `name`, the job's id."""
 
 
+class KilnBatchRow(PropertyGroup):
+    """A row of the list of batches, named by id, or of a batch's items, by name; the rest stands in `batch_panel.known`."""
+
+
 class KilnWindow(PropertyGroup):
     """The panel's own state, not saved with a file."""
 
     jobs: CollectionProperty(type=KilnJobRow, options={"SKIP_SAVE"})
     active_job: IntProperty(name="Job", default=0, options={"SKIP_SAVE"})
+    batches: CollectionProperty(type=KilnBatchRow, options={"SKIP_SAVE"})
+    active_batch: IntProperty(name="Batch", default=0, options={"SKIP_SAVE"}, update=lambda window, context: batch_chosen())
+    batch_items: CollectionProperty(type=KilnBatchRow, options={"SKIP_SAVE"})
+    active_batch_item: IntProperty(name="Item", default=0, options={"SKIP_SAVE"})
 
 
-CLASSES = (*GROUPS.values(), KilnSettings, KilnJobRow, KilnWindow)
+CLASSES = (*GROUPS.values(), KilnBatch, KilnSettings, KilnJobRow, KilnBatchRow, KilnWindow)
 
 
 def register():
