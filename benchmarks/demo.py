@@ -28,20 +28,10 @@ import numpy as np  # noqa: E402
 import build  # noqa: E402
 from benchmarks import demo_motion  # noqa: E402
 
-IMPORTERS = {
-    ".glb": lambda path: bpy.ops.import_scene.gltf(filepath=path, disable_bone_shape=True),
-    ".gltf": lambda path: bpy.ops.import_scene.gltf(filepath=path, disable_bone_shape=True),
-    ".obj": lambda path: bpy.ops.wm.obj_import(filepath=path),
-    ".ply": lambda path: bpy.ops.wm.ply_import(filepath=path),
-    ".stl": lambda path: bpy.ops.wm.stl_import(filepath=path),
-    ".fbx": lambda path: bpy.ops.import_scene.fbx(filepath=path),
-    ".blend": lambda path: append_blend(path),
-}
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="build.py demo", description=__doc__)
-    parser.add_argument("--object", type=Path, help=f"any model: {', '.join(IMPORTERS)} (default: one made on the spot)")
+    parser.add_argument("--object", type=Path, help="any model: GLB, OBJ, FBX, USD, PLY, STL or .blend (default: one made on the spot)")
     parser.add_argument("--recipe", default="reconstruct")
     parser.add_argument("--preset", default="standard")
     parser.add_argument("--out", type=Path, default=ROOT / "demo" / "result")
@@ -59,7 +49,7 @@ def main() -> None:
     made = demo_motion.built_in_object if moves else built_in_object
     subjects = import_object(a.object) if a.object else [made()]
     if moves and a.object:
-        demo_motion.choose_clip(a.clip, a.frames)
+        choose_clip(a.clip, a.frames)
     bpy.context.view_layer.update()
     subject = capture.subject(bpy.context, objects=subjects)
 
@@ -133,25 +123,25 @@ def extension():
 
 def import_object(path: Path) -> list[bpy.types.Object]:
     """Everything that has a surface in a file, as one subject."""
-    if path.suffix.lower() not in IMPORTERS:
-        sys.exit(f"{path.name}: this demo opens {', '.join(IMPORTERS)}.")
-    if not path.is_file():
-        sys.exit(f"There is no file {path}.")
-    IMPORTERS[path.suffix.lower()](str(path.resolve()))
-    helpers = [collection for collection in bpy.data.collections if collection.name.startswith("glTF_not_exported")]
-    hidden = {thing for collection in helpers for thing in collection.all_objects}
-    surfaces = {"MESH", "CURVE", "FONT", "META", "SURFACE"}
-    found = [thing for thing in bpy.context.scene.objects if thing not in hidden and thing.type in surfaces]
-    if not found:
-        sys.exit(f"{path.name} holds no object with a surface.")
-    return found
+    from bl_ext.checkout.kiln import importers
+    from bl_ext.checkout.kiln.protocol.errors import KilnError
+
+    try:
+        for warning in importers.load(path):
+            print(warning)
+        return importers.surfaces(path, bpy.context.scene)
+    except KilnError as error:
+        sys.exit(str(error))
 
 
-def append_blend(path: str) -> None:
-    with bpy.data.libraries.load(path) as (there, here):
-        here.objects = there.objects
-    for thing in here.objects:
-        bpy.context.scene.collection.objects.link(thing)
+def choose_clip(name: str | None, most: int) -> None:
+    from bl_ext.checkout.kiln import importers
+    from bl_ext.checkout.kiln.protocol.errors import KilnError
+
+    try:
+        importers.choose_clip(name, most)
+    except KilnError as error:
+        sys.exit(str(error))
 
 
 def built_in_object() -> bpy.types.Object:

@@ -3,7 +3,6 @@ source and imported result from one camera."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import bpy
@@ -41,34 +40,6 @@ def built_in_object() -> bpy.types.Object:
     links.new(ramp.outputs["Color"], nodes["Principled BSDF"].inputs["Base Color"])
     thing.data.materials.append(material)
     return thing
-
-
-def choose_clip(name: str | None, most: int) -> None:
-    """Plays one clip of an imported file alone, the longest where none is named, and sets the scene's range to its first frames."""
-    owners = [*bpy.data.objects, *bpy.data.shape_keys]
-    tracks = [(owner, track) for owner in owners if owner.animation_data for track in owner.animation_data.nla_tracks]
-    lengths: dict[str, float] = {}
-    for _, track in tracks:
-        for strip in track.strips:
-            lengths[track.name] = max(lengths.get(track.name, 0), strip.frame_end - strip.frame_start)
-    if name is not None and name not in lengths:
-        sys.exit(f"There is no clip {name!r}. There are: {', '.join(sorted(lengths)) or 'none'}.")
-    scene = bpy.context.scene
-    if not lengths:  # an action that is simply active, or something else that moves
-        ranges = [owner.animation_data.action.frame_range for owner in owners if owner.animation_data and owner.animation_data.action]
-        if ranges:
-            scene.frame_start, scene.frame_end = round(min(low for low, _ in ranges)), round(max(high for _, high in ranges))
-        scene.frame_end = min(scene.frame_end, scene.frame_start + most - 1)
-        scene.frame_set(scene.frame_start)
-        return
-    chosen = name or max(lengths, key=lambda one: lengths[one])
-    first = min(strip.frame_start for _, track in tracks if track.name == chosen for strip in track.strips)
-    for owner, track in tracks:
-        owner.animation_data.action = None
-        track.mute = track.name != chosen
-    scene.frame_start = round(first)
-    scene.frame_end = min(round(first + lengths[chosen]), scene.frame_start + most - 1)
-    scene.frame_set(scene.frame_start)
 
 
 def surface(things: list[bpy.types.Object]) -> tuple[np.ndarray, np.ndarray]:

@@ -24,7 +24,7 @@ from typing import IO
 
 import bpy
 
-from . import capture, capture_motion, export, importers, splat_nodes
+from . import capture, capture_motion, export, fbx, importers, library, splat_nodes
 from .protocol import recipes
 from .protocol.errors import KilnError
 
@@ -163,7 +163,22 @@ def _chosen(path: Path, subject: dict | None) -> tuple[bpy.types.Scene, list[bpy
     raise KilnError("no-object", f"{path.name} has no {kind} {subject['name']!r}.", "")
 
 
-DO: dict[str, Callable[..., dict]] = {"list": list_subjects, "capture": take}
+# What Blender writes of results
+
+
+def write_fbx(report: Report, glb: str, out: str, options: dict | None = None) -> dict:
+    """`file`: the FBX of a result; `files`: it and what belongs beside it. options: those of `fbx.write`."""
+    report(0.0, f"writing {Path(out).name}")
+    written = fbx.write(Path(glb), Path(out), **(options or {}))
+    return {"file": str(written[0]), "files": [str(path) for path in written]}
+
+
+def write_library(report: Report, assets: list[dict], file: str, catalog: str = "Kiln", splats: bool = False) -> dict:
+    """`file`: the library to which results were added; `assets`: how many it now has."""
+    return {"file": file, "assets": library.write(assets, Path(file), catalog, splats, report)}
+
+
+DO: dict[str, Callable[..., dict]] = {"list": list_subjects, "capture": take, "fbx": write_fbx, "library": write_library}
 
 
 # The process

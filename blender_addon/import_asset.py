@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,13 +39,23 @@ class Imported:
 
 
 def import_asset(
-    context: bpy.types.Context, folder: Path, source: dict, provenance: dict, motion: import_motion.How | None = None
+    context: bpy.types.Context,
+    folder: Path,
+    source: dict,
+    provenance: dict,
+    motion: import_motion.How | None = None,
+    splats: bool = True,
+    catalog: str = "Kiln",
+    home: bpy.types.Collection | None = None,
+    undo: bool = True,
 ) -> Imported:
     """Bring `mesh.glb` and, where they are there, `splats.ply` and `preview.png` from `folder` into the scene of `source`; of the recipe
     `animate` its motion too, as `motion` says. What was made of a picture, and so lies on no object of the scene, is selected.
 
     source: as from capture.Capture.finish(), perhaps stored in between; a job from elsewhere has none of its places, and comes in at the
-    origin. provenance: what the asset should tell of its making (recipe, parameters, job, kiln).
+    origin. provenance: what the asset should tell of its making (recipe, parameters, job, kiln). splats: whether they come in too. catalog:
+    the asset's, a path such as "Props/Wood". home: the collection to put it into; None: beside the source. undo: whether this is an undo
+    step; one of many is not.
     Raises KilnError("import-failed"); then nothing was imported.
     """
     folder = Path(folder)
@@ -60,12 +71,12 @@ def import_asset(
     before = {name: set(getattr(bpy.data, name)) for name in CLEANED}
     try:
         collection = bpy.data.collections.new(f"{title} (Kiln)")
-        _beside(scene, source).children.link(collection)
+        (home or _beside(scene, source)).children.link(collection)
         mesh_object = _mesh(context, folder / "mesh.glb", source, collection)
         splats_object = armature_object = None
-        if (folder / "splats.ply").is_file():
+        if splats and (folder / "splats.ply").is_file():
             splats_object = _splats(folder / "splats.ply", source, collection)
-        _mark(context, collection, folder, source, provenance)
+        _mark(context, collection, folder, source, provenance, catalog)
         show(collection, "mesh")
         if moves:  # last, as it may write a file
             frame = _own_frame_from_metres(source)
@@ -79,7 +90,8 @@ def import_asset(
     kind = getattr(recipes.RECIPES.get(provenance.get("recipe", "")), "INPUT", "")
     if kind == "picture" and context.scene == scene and context.mode == "OBJECT":
         _select_alone(context.view_layer, mesh_object)
-    _undo_step(context, f"Kiln: import {title}")
+    if undo:
+        undo_step(context, f"Kiln: import {title}")
     return Imported(collection, mesh_object, splats_object, armature_object)
 
 
@@ -106,7 +118,7 @@ def import_splats(context: bpy.types.Context, path: str | os.PathLike, select: b
     home.objects.link(thing)
     if select:
         _select_alone(context.view_layer, thing)
-    _undo_step(context, f"Kiln: import {path.name}")
+    undo_step(context, f"Kiln: import {path.name}")
     return thing
 
 
@@ -232,7 +244,7 @@ def _place(thing: bpy.types.Object, source: dict) -> None:
 # The asset
 
 
-def _mark(context: bpy.types.Context, collection: bpy.types.Collection, folder: Path, source: dict, provenance: dict) -> None:
+def _mark(context: bpy.types.Context, collection: bpy.types.Collection, folder: Path, source: dict, provenance: dict, catalog: str) -> None:
     """Asset with picture, tags and a description; the full story as custom properties."""
     parameters = provenance.get("parameters", {})
     recipe, version = str(provenance.get("recipe", "")), str(provenance.get("kiln", ""))
@@ -257,16 +269,17 @@ def _mark(context: bpy.types.Context, collection: bpy.types.Collection, folder: 
     for tag in ("Kiln", recipe):
         if tag:
             asset.tags.new(tag, skip_if_exists=True)
-    _catalogue(context, asset)
+    _catalogue(context, asset, catalog)
     if (folder / "preview.png").is_file():
         with context.temp_override(id=collection):
             bpy.ops.ed.lib_id_load_custom_preview(filepath=str(folder / "preview.png"))
 
 
-def _catalogue(context: bpy.types.Context, asset: bpy.types.AssetMetaData) -> None:
-    """Files the asset under the catalog "Kiln". Catalogs are named in a text file of the asset library that holds the file, or beside
-    it; in a file that was never saved the asset carries the catalog's id alone."""
-    asset.catalog_id = CATALOG
+def _catalogue(context: bpy.types.Context, asset: bpy.types.AssetMetaData, name: str) -> None:
+    """Files the asset under a catalog. Catalogs are named in a text file of the asset library that holds the file, or beside it; in a file
+    that was never saved the asset carries the catalog's id alone."""
+    # The same name has the same id everywhere, so that assets of several files meet under it; one that the library has keeps its own.
+    asset.catalog_id = CATALOG if name == "Kiln" else str(uuid.uuid5(uuid.UUID(CATALOG), name))
     if not bpy.data.filepath:
         return
     file = Path(bpy.data.filepath).resolve()
@@ -276,13 +289,18 @@ def _catalogue(context: bpy.types.Context, asset: bpy.types.AssetMetaData) -> No
     catalogs = next((root for root in libraries if file.is_relative_to(root)), file.parent) / "blender_assets.cats.txt"
     try:
         known = catalogs.read_text(encoding="utf-8") if catalogs.exists() else "VERSION 1\n"
-        if CATALOG not in known:
-            catalogs.write_text(f"{known.rstrip()}\n{CATALOG}:Kiln:Kiln\n", encoding="utf-8")
+        lines = [line.split(":") for line in known.splitlines() if line.count(":") == 2]
+        if there := next((identity for identity, path, _ in lines if path == name), None):
+            asset.catalog_id = there
+        else:
+            simple = name.replace("/", "-")  # as Blender names them
+            catalogs.write_text(f"{known.rstrip()}\n{asset.catalog_id}:{name}:{simple}\n", encoding="utf-8")
     except OSError as error:  # a folder that may not be written: the asset is whole without its catalog's name
         print(f"Kiln: the asset catalog could not be written: {error}")
 
 
-def _undo_step(context: bpy.types.Context, message: str) -> None:
+def undo_step(context: bpy.types.Context, message: str) -> None:
+    """What was done so far is one step of undo."""
     windows = context.window_manager.windows
     if context.window is None and windows:  # a timer has no window of its own
         with context.temp_override(window=windows[0]):

@@ -37,10 +37,11 @@ EXPLAINED = 0.9  # of a silhouette, by the hull, on average: 1 where views agree
 
 @dataclass(frozen=True)
 class Frame:
-    """`unit = (world - centre) * scale`; world in metres, Z up."""
+    """`unit = (world - centre) * scale`; world in metres, Z up. pivot: the subject's own origin in the world, None if it is not known."""
 
     centre: Float[np.ndarray, "3"]
     scale: float
+    pivot: Float[np.ndarray, "3"] | None = None
 
     def to_world(self, points: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 3"]:
         return np.asarray(points, np.float64) / self.scale + self.centre
@@ -166,7 +167,20 @@ def read(folder: Path, table: dict, entries: list[Entry], progress: Progress = s
             "The pictures have no alpha: nothing tells the subject from the background.",
             "Save RGBA PNGs with a transparent background (in Blender: Render > Film > Transparent), or cut the subject out first.",
         )
-    return Views(cameras, images, alpha, depth, normals, holdout, Frame(np.zeros(3), 1.0), material, emission)
+    return Views(cameras, images, alpha, depth, normals, holdout, Frame(np.zeros(3), 1.0, _pivot(table)), material, emission)
+
+
+def _pivot(table: dict) -> np.ndarray | None:
+    if table.get("pivot") is None:
+        return None
+    try:
+        pivot = np.array(table["pivot"], np.float64)
+    except (TypeError, ValueError):
+        pivot = np.empty(0)
+    if pivot.shape != (3,) or not np.isfinite(pivot).all():
+        words = f"The pivot in transforms.json is no point: {table['pivot']!r:.60}."
+        raise KilnError("bad-input", words, "Write [x, y, z] in metres, or leave it out.")
+    return pivot
 
 
 def in_unit_frame(views: Views) -> Views:
@@ -174,7 +188,8 @@ def in_unit_frame(views: Views) -> Views:
     unit = _unit_frame(views.cameras)
     if views.depth is not None:
         np.multiply(views.depth, np.float32(unit.scale), out=views.depth)
-    return replace(views, cameras=[camera.moved(unit.centre, unit.scale) for camera in views.cameras], frame=unit)
+    cameras = [camera.moved(unit.centre, unit.scale) for camera in views.cameras]
+    return replace(views, cameras=cameras, frame=replace(unit, pivot=views.frame.pivot))
 
 
 def check_silhouettes(
