@@ -375,6 +375,21 @@ def bench(options: argparse.Namespace) -> None:
         _call(blender.command(arguments), env=_variables(backend))
 
 
+def fuzz(options: argparse.Namespace) -> None:
+    """hostile messages against a real backend; --count N, --seed S (docs/RELIABILITY.md)"""
+    _harness("fuzz", options)
+
+
+def faults(options: argparse.Namespace) -> None:
+    """kill, fill, stop and damage what runs; --count N, --seed S (docs/RELIABILITY.md)"""
+    _harness("faults", options)
+
+
+def _harness(name: str, options: argparse.Namespace) -> None:
+    backend = Environments(options).backend()
+    _call([backend, "-m", f"tests.trust.{name}", *options.further], env=_variables(backend))
+
+
 def lint(options: argparse.Namespace) -> None:
     """ruff and mypy; --fix mends and formats what they can"""
     code = _lint(Environments(options).backend(), options.fix)
@@ -446,7 +461,12 @@ def test(options: argparse.Namespace) -> None:
 
         here: list[tuple[str, Work | None]] = [
             ("lint", None if _split(options.further, ())[1] is not None else lambda output: _lint(backend)),
-            ("backend", pytest(lambda arguments: [str(backend), *arguments], "tests/protocol", "tests/backend", "tests/test_build.py")),
+            (
+                "backend",
+                pytest(
+                    lambda arguments: [str(backend), *arguments], "tests/protocol", "tests/backend", "tests/trust", "tests/test_build.py"
+                ),
+            ),
         ]
         beside: list[tuple[str, Work | None]] = []
         for one in [blender, *(other for other in others if other)]:
@@ -654,7 +674,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="`build.py COMMAND --help` lists a command's options.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parsers = {}
-    for function in (setup, demo, test, package, bench, lint):
+    for function in (setup, demo, test, package, bench, fuzz, faults, lint):
         parsers[function] = commands.add_parser(
             function.__name__, help=function.__doc__, description=function.__doc__, parents=[environments]
         )
@@ -672,7 +692,7 @@ def main() -> None:
     parsers[bench].add_argument("--json", type=Path, metavar="FILE", help="also write the figures to a file")
     parsers[lint].add_argument("--fix", action="store_true", help="mend and format what can be")
     options, further = parser.parse_known_args()
-    if further and options.function not in (demo, test, bench):
+    if further and options.function not in (demo, test, bench, fuzz, faults):
         parser.error(f"unknown: {' '.join(further)}")
     options.further = further
     try:

@@ -139,6 +139,8 @@ class Network:
         self.up = self.down = 0
         self.recorded = bytearray()
         self.until, self.cuts, self.open = until, 0, True
+        self.flowing = threading.Event()
+        self.flowing.set()
         self.pairs: list[tuple[socket.socket, socket.socket]] = []
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.connection = replace(connection, endpoint=f"tcp://127.0.0.1:{self.listener.getsockname()[1]}", path=None)
@@ -162,6 +164,13 @@ class Network:
         self.pairs.clear()
         self.cuts += 1
 
+    def hold(self) -> None:
+        """From now on nothing gets through, and nobody is told."""
+        self.flowing.clear()
+
+    def go_on(self) -> None:
+        self.flowing.set()
+
     def _accept(self) -> None:
         while True:
             try:
@@ -184,6 +193,7 @@ class Network:
                     self.recorded += data[: max(0, 100_000 - len(self.recorded))]
                 else:
                     self.down += len(data)
+                self.flowing.wait()
                 target.sendall(data)
                 if self.until is not None and max(self.up, self.down) > self.until:
                     self.until = None
