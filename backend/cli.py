@@ -1,7 +1,8 @@
-"""The `kiln` command: serve, run, jobs, weights, stop, doctor. `kiln run RECIPE --help` lists a recipe's parameters, as it defines them.
+"""The `kiln` command: serve, run, batch, jobs, weights, stop, doctor. `kiln run RECIPE --help` lists a recipe's parameters, as it defines
+them.
 
-Exit codes: 0 all well, 1 a job failed (or doctor found a problem), 2 a bad argument or input, 3 no backend, 4 one runs already (`serve`),
-130 cancelled with Ctrl-C.
+Exit codes: 0 all well, 1 a job or an item failed (or doctor found a problem), 2 a bad argument or input, 3 no backend, 4 one runs already
+(`serve`; `batch` in the same folder), 130 cancelled with Ctrl-C.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +26,7 @@ from backend import weights
 from backend.disk import size_text
 from backend.inputs import gather, gather_picture
 from backend.store import check_name, size_of
-from protocol import VERSION, connection, recipes
+from protocol import VERSION, connection, picture, recipes
 from protocol.errors import KilnError
 
 DONE, FAILED, BAD, UNAVAILABLE, RUNS_ALREADY, CANCELLED = 0, 1, 2, 3, 4, 130
@@ -32,6 +34,7 @@ START_SECONDS = 30.0  # that a started backend may take to answer; it takes one
 STOP_SECONDS = 20.0  # that a backend may take to end
 _BAD_CODES = (
     "bad-parameter", "bad-recipe", "bad-input", "bad-request", "no-job", "bad-state", "no-model", "bad-registry", "licence-needed",
+    "bad-manifest", "no-blender", "no-extension", "no-ray",
 )  # fmt: skip
 _ENDED = ("done", "failed", "cancelled")
 _INPUTS = {
@@ -84,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     for recipe in recipes.RECIPES.values():
         _recipe_parser(kinds, recipe)
 
+    _batch_parser(commands)
+
     jobs = commands.add_parser("jobs", help="list jobs; show, cancel, retry, remove one, or download its results")
     jobs.set_defaults(command=_list_jobs, json=False)
     jobs.add_argument("--json", action="store_true", help="print the jobs as JSON")
@@ -117,6 +122,38 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print the findings as JSON")
     doctor.set_defaults(command=_doctor)
     return parser
+
+
+def _batch_parser(commands: Any) -> None:
+    batch = commands.add_parser(
+        "batch",
+        help="make many assets: of a folder, or of a list in TOML or CSV",
+        description="Makes an asset of every model, picture and splat file of a folder or a list: one folder each in DIR, and a report for"
+        " people (index.html) and for programs (report.json). Models are rendered by Blender in the background while the backend computes"
+        " others. Stopped anywhere, by Ctrl-C, a crash or a power cut, the same command goes on: finished items are not made again.",
+        epilog=_BATCH_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    batch.add_argument("manifest", type=Path, metavar="MANIFEST|FOLDER", help="a .toml or .csv list, a folder of assets, or one .blend")
+    batch.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the results")
+    batch.add_argument("--dry-run", action="store_true", help="say what would be done, and how large it is; make nothing")
+    batch.add_argument("--json", action="store_true", help="print the report as JSON at the end")
+    what = batch.add_argument_group("what is made (over what the list says)")
+    what.add_argument("--recipe", default="", choices=["", *recipes.RECIPES], metavar="RECIPE", help="default: by the file's kind")
+    what.add_argument("--preset", default="", metavar="PRESET", help="draft, standard or high (default: standard)")
+    what.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a parameter, such as texture.size=1024; repeatable")
+    what.add_argument("--only", nargs="+", default=[], metavar="NAME", help="these items alone; * stands for any characters")
+    what.add_argument("--retry-failed", action="store_true", help="try items again that failed in an earlier run and are unchanged")
+    what.add_argument("--fbx", action="store_true", help="an FBX beside each GLB")
+    what.add_argument("--library", type=Path, metavar="FILE.blend", help="put all results into an asset library")
+    what.add_argument("--catalog", default="", metavar="NAME", help="catalog of the library, such as Props/Kitchen")
+    how = batch.add_argument_group("how it runs")
+    how.add_argument("--captures", type=_count, default=1, metavar="N", help="Blenders that render at once (default: 1)")
+    how.add_argument("--blender", metavar="PATH", help="a Blender, or a Python with bpy (default: $KILN_BLENDER, else the first found)")
+    how.add_argument("--workers", type=_count, metavar="N", help="jobs at once, if this command starts the backend (default: 1)")
+    how.add_argument("--engine", choices=("local", "ray"), default="local", help="the backend, or a Ray cluster (default: local)")
+    how.add_argument("--address", metavar="HOST:PORT", help="of the Ray cluster; without one, a cluster is started on this machine")
+    batch.set_defaults(command=_batch)
 
 
 def _weights_parser(commands: Any) -> None:
@@ -174,6 +211,7 @@ def _recipe_parser(actions: Any, recipe: Any) -> None:
     parser.add_argument("input", type=Path, metavar="INPUT", help=about, nargs="?" if recipe.INPUT == "picture" else None)
     if recipe.INPUT == "picture":
         parser.add_argument("--image", type=Path, metavar="FILE", help="the picture of the subject; without one, --prompt says what it is")
+        parser.add_argument("--lora", type=Path, metavar="PATH", help="your own LoRA of the model: a safetensors file, or a run's folder")
         parser.add_argument("--views", type=Path, metavar="FOLDER", help="pictures all around the subject, which nothing generates then")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--preset", choices=list(recipe.PRESETS), default="standard", help="values to start from (default: standard)")
@@ -308,6 +346,7 @@ def _run(given: argparse.Namespace) -> int:
     values = recipes.values(recipes.make(recipe.NAME, chosen, given.preset))
     if recipe.INPUT == "picture":
         inputs, start = gather_picture(given.input, given.image, given.views, values.get("generate.prompt", ""))
+        inputs |= picture.lora(given.lora)
     else:
         inputs, start = gather(given.input, recipe.INPUT), given.input
     title = given.title or (start.resolve().name if start else values.get("generate.prompt", ""))
@@ -377,6 +416,106 @@ def _train_tiny(given: argparse.Namespace) -> int:
     bar.close()
     print(f"Model: {folder}. Log and sample pictures: {given.out}")
     return DONE
+
+
+# -- batch -----------------------------------------------------------------------------------------------------------------------------
+
+_BATCH_EXAMPLES = """\
+examples:
+  kiln batch props/ --out assets --preset draft
+  kiln batch props.toml --out assets --set texture.size=1024 --fbx
+  kiln batch level.blend --out assets --library props.blend --catalog Level
+  kiln batch props.csv --out assets --only 'chair*' --retry-failed
+
+a list in TOML:
+  [defaults]
+  preset = "draft"
+  [[items]]
+  file = "props/*.glb"
+  [[items]]
+  file = "hero.blend"
+  object = "Hero*"
+  parameters = { "texture.size" = 2048 }
+
+exit codes: 0 all went well, 1 some items failed, 2 a bad argument or list, 3 no backend, 4 another batch has DIR, 130 cancelled
+"""
+
+
+def _batch(given: argparse.Namespace) -> int:
+    from backend.batch import manifest, run
+
+    parameters = {}
+    for text in given.set:
+        name, sign, value = text.partition("=")
+        if not sign:
+            raise KilnError("bad-parameter", f"--set {text} names no value.", "Write --set texture.size=1024.")
+        parameters[name.strip()] = value.strip()
+    if given.library is not None and given.library.suffix.lower() != ".blend":
+        raise KilnError("bad-parameter", f"--library {given.library} is no .blend file.", "An asset library is a .blend file in a folder.")
+    out = Path(os.path.abspath(given.out))
+    bar = _Bar()
+    found = manifest.read(given.manifest, manifest.Overrides(given.recipe, given.preset, parameters), out, bar.say)
+    options = run.Options(
+        out, str(Path(os.path.abspath(given.manifest))), given.captures, given.blender, given.fbx,
+        given.library and Path(os.path.abspath(given.library)), given.catalog, tuple(given.only), given.retry_failed,
+    )  # fmt: skip
+    bar.stage("Batch")
+    if given.dry_run:
+        return _plan_batch(run.plan(found, options, bar), given.workers or 1)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends it politely wants it to clean up, too
+    try:
+        told = run.run(found, options, lambda: _engine(given, out, bar), bar)
+    finally:
+        bar.close()
+        signal.signal(signal.SIGTERM, before)
+    counts = {state: sum(item["state"] == state for item in told["items"]) for state in ("done", "failed", "cancelled", "waiting")}
+    bar.say(f"{', '.join(f'{count} {state}' for state, count in counts.items() if count) or 'Nothing to do'}. Report: {out / 'index.html'}")
+    for item in told["items"]:
+        if item["state"] == "failed":
+            bar.say(f"  {item['name']}: {item['error']['message']} {item['error']['hint']}".rstrip())
+    if told["state"] == "cancelled":
+        bar.say("Cancelled; the same command goes on where it stopped.")
+    if given.json:
+        print(json.dumps(told, indent=1))
+    return run.exit_code(told)
+
+
+def _engine(given: argparse.Namespace, out: Path, bar: _Bar) -> Any:
+    """The engine that the command line asks for."""
+    if given.engine == "ray":
+        from backend.batch.ray_engine import RayEngine
+
+        return RayEngine(out / ".work" / "ray", given.address)
+    from backend.batch.local import Local
+
+    engine = Local(lambda: _connect(given, start=True, workers=given.workers or 1), bar.say, 60.0 if given.connection else 0.0)
+    if given.workers not in (None, engine.slots):
+        bar.say(f"A backend runs already, with --workers {engine.slots}; that is used. `kiln stop` first for another number.")
+    return engine
+
+
+def _plan_batch(works: list[Any], workers: int) -> int:
+    """Prints what a batch would do."""
+    from backend.batch import items, report, run
+
+    seconds = most = 0.0
+    for work in works:
+        item, size = work.item, ""
+        if item.error is None:
+            size = size_text(sum(file.stat().st_size for file in items.sources(item) if file.is_file()))
+        doing = {"done": "is finished", "failed": "fails"}.get(work.state, "is left out")
+        if work.state == "waiting" and not work.text:
+            in_blender, computing = run.cost(item)
+            doing = "to capture" if item.kind == "model" else "to compute"
+            seconds += computing + in_blender * (item.kind == "model")
+            most = max(most, run.memory(item))
+        print(f"{item.name:<32} {doing:<12} {item.recipe:<12} {item.preset:<9} {size:>8}  {item.file.name}".rstrip())
+        if work.error is not None:
+            print(f"{'':<32} {work.error}")
+    count = sum(work.state == "waiting" and not work.text for work in works)
+    about = f", about {report.duration(seconds)} on two quiet cores, {size_text(workers * most)} of memory at most" if count else ""
+    print(f"{count} of {len(works)} items to make{about}.")
+    return FAILED if any(work.state == "failed" for work in works) else DONE
 
 
 def _follow(client: Any, job: dict[str, Any], bar: _Bar) -> dict[str, Any]:

@@ -63,6 +63,8 @@ def sources(item: Item) -> list[Path]:
         with contextlib.suppress(KilnError):  # what is wrong with it is said when it is read
             return [folder / "transforms.json", *(file for name in sorted(views.names(folder)) if (file := folder / name).is_file())]
         return [folder / "transforms.json"]
+    if item.file.is_dir():
+        return sorted(file for file in item.file.rglob("*") if file.is_file())
     companions = {".gltf": _of_gltf, ".obj": _of_obj}.get(item.file.suffix.lower(), lambda file: [])
     return [item.file, *sorted({file for file in companions(item.file) if file.is_file()})]
 
@@ -137,7 +139,7 @@ class Folder:
     def keep_captured(self, fingerprint: str, answer: dict[str, Any]) -> dict[str, Any]:
         """Notes that the capture is whole. answer: Blender's; its files lie in `inputs`."""
         files = {name: Path(path).relative_to(self.work).as_posix() for name, path in answer["inputs"].items()}
-        kept = {key: answer.get(key) for key in ("values", "warnings", "seconds")}
+        kept = {key: answer.get(key) for key in ("values", "warnings", "seconds", "source")}
         write_json(self.work / "inputs.json", {"fingerprint": fingerprint, "inputs": files, **kept})
         return self.captured(fingerprint) or {}
 
@@ -175,9 +177,12 @@ class Folder:
 
 
 def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=1, default=os.fspath) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=1, default=os.fspath) + "\n"
     patiently(lambda: disk.write(path, [text.encode()], path.parent, durable=False))
 
 

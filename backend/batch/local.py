@@ -23,10 +23,11 @@ _T = TypeVar("_T")
 
 
 class Local:
-    """connect: gives a client of a backend that answers, or raises KilnError. Used by one thread."""
+    """connect: gives a client of a backend that answers, or raises KilnError; once there was one, it is asked for `patience` seconds."""
 
-    def __init__(self, connect: Callable[[], Client], say: Callable[[str], None] = lambda text: None):
-        self._connect, self._say = connect, say
+    def __init__(self, connect: Callable[[], Client], say: Callable[[str], None] = lambda text: None, patience: float = 0.0):
+        self._connect, self._say, self._patience = connect, say, patience
+        self._met = False
         self._states: dict[str, str] = {}  # of the jobs under way, as last told
         self._again: set[str] = set()  # jobs that were being cancelled when they were submitted anew
         self._events: list[Event] = []
@@ -49,8 +50,8 @@ class Local:
 
     def poll(self, timeout: float) -> list[Event]:
         if not self._events:
-            for event in self._persist(lambda client: client.poll(timeout)):
-                self._hear(event)
+            for told in self._persist(lambda client: client.poll(timeout)):
+                self._hear(told)
             if time.monotonic() > self._looked + LOOK_SECONDS:
                 self._look()
         found, self._events = self._events, []
@@ -145,9 +146,17 @@ class Local:
     # -- The backend --------------------------------------------------------------------------------------------------------------
 
     def _open(self) -> Client:
-        self._client = client = self._connect()
+        give_up = time.monotonic() + self._patience
+        while True:
+            try:
+                self._client = client = self._connect()
+                break
+            except KilnError as error:
+                if error.code not in LOST or not self._met or time.monotonic() >= give_up:
+                    raise
+                time.sleep(1.0)
         client.subscribe()
-        self._looked = 0.0  # what happened before is not among its events
+        self._met, self._looked = True, 0.0  # what happened before is not among its events
         return client
 
     def _persist(self, action: Callable[[Client], _T]) -> _T:

@@ -287,7 +287,8 @@ def _items(
             files = _files(entry, folder)
         except KilnError as error:
             file = folder / str(entry.get("file", ""))
-            items.append(Item(len(items) + 1, where, file, "", "", "", pattern=file.stem and "{stem}", error=_at(where, error)))
+            pattern = "item_{number}" if glob.has_magic(file.name) or not file.stem else ""
+            items.append(Item(len(items) + 1, where, file, "", "", "", pattern=pattern, error=_at(where, error)))
             continue
         for file in files:
             items.append(_item(len(items) + 1, where, file, entry, defaults, overrides, texts))
