@@ -121,6 +121,16 @@ class Environments:
         versions = [(3, 11), *([running] if running in environment.PYTHONS else []), *environment.PYTHONS]
         return self._ready("backend", locks, versions, self.options.backend_python, editable)
 
+    def backend_with_ray(self) -> Path:
+        """The backend's environment and in it Ray, an optional extra that only tests and a benchmark need: 79 MB to download."""
+        python = self.backend()
+        wanted = environment.requirements(LOCKS / "ray.txt")
+        has = "import importlib.metadata as m; print('ray==' + m.version('ray') if any(d.name == 'ray' for d in m.distributions()) else '')"
+        if _output([python, "-I", "-c", has]).strip() != wanted[0].partition(";")[0].strip():
+            print("Adding Ray to .venv/backend", flush=True)
+            _call([*_pip(python), "install", "-qq", "--no-deps", "--only-binary=:all:", "-r", LOCKS / "ray.txt"])
+        return python
+
     def blender(self) -> Blender:
         """The Blender that --blender or --blender-python names, else a bpy wheel for the running Python, else for one that is found."""
         if self.options.blender:
@@ -415,7 +425,8 @@ def test(options: argparse.Namespace) -> None:
     environments = Environments(options)
     print("=== set-up", flush=True)
     system_libraries()
-    backend, blender = environments.all_of(environments.backend, environments.blender)
+    tests_of_ray = _split(options.further, ("tests/backend/batch",))[1] != []  # all, or some that the user names
+    backend, blender = environments.all_of(environments.backend_with_ray if tests_of_ray else environments.backend, environments.blender)
     *others, oldest = environments.all_of(*environments.further_blenders()) or [None]  # which these are depends on the first one's Python
     seconds.append(("set-up", time.monotonic() - begun, "ok"))
 
@@ -619,6 +630,8 @@ def wheel(folder: Path, editable: bool = False) -> Path:
         f"Requires-Python: {project['requires-python']}",
         *(f"Requires-Dist: {requirement}" for requirement in project["dependencies"]),
     ]
+    for extra, requirements in project["optional-dependencies"].items():
+        metadata += [f"Provides-Extra: {extra}", *(f"Requires-Dist: {requirement} ; extra == '{extra}'" for requirement in requirements)]
     scripts = ["[console_scripts]", *(f"{script} = {function}" for script, function in project["scripts"].items())]
     info = f"{name}-{VERSION}.dist-info"
     files[f"{info}/licenses/LICENSE"] = (ROOT / "LICENSE").read_bytes()

@@ -114,6 +114,12 @@ def _parser() -> argparse.ArgumentParser:
     _weights_parser(commands)
     _train_parser(commands)
 
+    keys = commands.add_parser("keys", help="the keys that let clients in")
+    rotate = keys.add_subparsers(required=True, metavar="ACTION").add_parser(
+        "rotate", help="make new keys: copies of the connection file let nobody in any more, and open connections end"
+    )
+    rotate.set_defaults(command=_rotate_keys)
+
     stop = commands.add_parser("stop", help="end the backend; what runs resumes with the next one")
     stop.add_argument("--when-idle", action="store_true", help="finish what waits and runs first")
     stop.set_defaults(command=_stop)
@@ -321,6 +327,20 @@ def _start(path: Path, workers: int = 1) -> Any:
         time.sleep(0.05)
     last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
     raise KilnError("unavailable", f"The backend did not start: {last[0]}", f"Its log is {log}; `kiln doctor` checks this machine.")
+
+
+def _rotate_keys(given: argparse.Namespace) -> int:
+    from backend.server import is_served
+
+    try:
+        with _connect(given) as client:
+            client.rotate_keys()
+    except KilnError as error:
+        if error.code != "unavailable" or given.connection is not None or is_served(connection.home()):
+            raise
+        connection.Keys.of(connection.home(), anew=True)
+    print("The keys are new. Programs of yours on this machine find them by themselves; carry remote.json to other machines again.")
+    return DONE
 
 
 def _stop(given: argparse.Namespace) -> int:

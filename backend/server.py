@@ -42,6 +42,7 @@ PORT = 7645  # for clients on other machines, which need to find it again after 
 IDLE_SECONDS = 10.0  # without a client and without work until a server that was started with until_idle ends
 PROBE_SECONDS = 5.0  # between looks whether a silent client is still connected
 HANDSHAKE_SECONDS = 5.0  # that a connection may take to prove its key
+REOPEN_SECONDS = 10.0  # until a port that this backend has just closed is free again
 STUCK_SECONDS = 60.0  # that a client may take nothing before it is forgotten
 TICK = 0.5  # seconds between looks at the clock
 RETRY = 0.02  # seconds between attempts to reach a client whose pipe is full
@@ -131,10 +132,10 @@ class Server:
         idle_seconds: float = IDLE_SECONDS,
         workers: int = 1,
     ):
-        self.home, self.host = Path(home), host
+        self.home, self.host, self._asked_port = Path(home), host, port
         self._until_idle, self._idle_seconds = until_idle, idle_seconds
         self._started = self._busy_at = time.monotonic()
-        self._stop_requested = self._stop_when_idle = False
+        self._stop_requested = self._stop_when_idle = self._rotation_due = False
         self._sessions: dict[bytes, _Session] = {}
         self._numbers = 0  # of transfers
         self._at_the_door: deque[float] = deque()  # when each connection came that has not proven its key yet
@@ -193,11 +194,12 @@ class Server:
     # -- The loop -----------------------------------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
-        poller = zmq.Poller()
-        for source in (self._router, self._zap, self._monitor, self._wake_end.fileno()):
-            poller.register(source, zmq.POLLIN)
+        poller = self._poller()
         next_tick = 0.0
         while not self._stop_requested:
+            if self._rotation_due:
+                self._rotate()
+                poller = self._poller()
             wait = TICK
             if any(session.stuck is not None for session in self._sessions.values()):
                 wait = RETRY
@@ -222,6 +224,12 @@ class Server:
             if now >= next_tick:
                 next_tick = now + TICK
                 self._tick(now)
+
+    def _poller(self) -> zmq.Poller:
+        poller = zmq.Poller()
+        for source in (self._router, self._zap, self._monitor, self._wake_end.fileno()):
+            poller.register(source, zmq.POLLIN)
+        return poller
 
     def _tick(self, now: float) -> None:
         """What is due by the clock."""
@@ -345,6 +353,28 @@ class Server:
         for name in ("connection.json", "remote.json"):
             with contextlib.suppress(OSError):
                 patiently((self.home / "run" / name).unlink)
+
+    def _rotate(self) -> None:
+        """New keys and a new door: whoever came in by the old keys is outside from here on. Jobs go on."""
+        self._rotation_due = False
+        for session in list(self._sessions.values()):
+            self._forget(session)
+        self._router.disable_monitor()
+        self._monitor.close(linger=0)
+        self._router.close()  # its last replies linger as they do at the end
+        self._at_the_door.clear()
+        self._keys = Keys.of(self.home, anew=True)
+        deadline = time.monotonic() + REOPEN_SECONDS
+        while True:
+            try:
+                self._open(self.host, self.port if self.host not in LOOPBACK else self._asked_port)
+                break
+            except KilnError as error:  # the old door still holds the port for a moment
+                if error.code != "port-taken" or time.monotonic() > deadline:
+                    raise
+                time.sleep(RETRY)
+        self._write_connection()
+        log.info("The keys are new; connection files from before let nobody in any more.")
 
     def _authorise(self) -> None:
         """Answers ZeroMQ's question whether a key may come in (ZAP, RFC 27)."""
@@ -790,6 +820,11 @@ class Server:
             change = {"weights.cancel": self.pulls.cancel, "weights.remove": self.pulls.remove}[kind]
             self._answer_from(self._pool, session, to, lambda: {"entry": change(entry)})
 
+    def _ask_to_rotate(self, session: _Session, to: str, header: dict[str, Any], blob: zmq.Frame | None) -> None:
+        log.info("%s asked for new keys.", session.name)
+        self._reply(session, to)
+        self._rotation_due = True
+
     def _shutdown(self, session: _Session, to: str, header: dict[str, Any], blob: zmq.Frame | None) -> None:
         mode = take(header, "mode", str, "now")
         if mode not in ("now", "idle"):
@@ -925,7 +960,7 @@ class Server:
         "ping": _ping, "status": _status, "submit": _submit, "jobs": _list, "job": _job, "cancel": _job, "retry": _job, "remove": _remove,
         "events": _events, "subscribe": _subscribe, "missing": _missing, "upload": _upload, "finish": _finish, "download": _download,
         "weights": _weights, "weights.pull": _change_weights, "weights.cancel": _change_weights, "weights.remove": _change_weights,
-        "release": _release, "shutdown": _shutdown,
+        "release": _release, "rotate": _ask_to_rotate, "shutdown": _shutdown,
     }  # fmt: skip
     _UNANSWERED = {"chunk": _take_chunk, "credit": _credit, "stop": _stop_download}
 

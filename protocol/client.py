@@ -186,6 +186,10 @@ class Client:
         """Ends the backend: now, and what runs resumes at its next start; or when nothing is queued or running."""
         self._request("shutdown", mode="now" if now else "idle")
 
+    def rotate_keys(self) -> None:
+        """Makes the backend take new keys. Every connection ends, this one too; connection files of before let nobody in any more."""
+        self._request("rotate")
+
     def release(self) -> None:
         """Networks that the backend keeps in memory for a next job go at once, or when the job that runs has ended."""
         self._request("release")

@@ -111,11 +111,11 @@ class Keys:
         return cls(*(key.decode() for key in (*server, *client)))
 
     @classmethod
-    def of(cls, folder: Path) -> Keys:
-        """The keys of the backend whose home is `folder`; made at its first start."""
+    def of(cls, folder: Path, anew: bool = False) -> Keys:
+        """The keys of the backend whose home is `folder`; made at its first start, and `anew` to shut out whoever has the old ones."""
         path = folder / "keys" / "keys.json"
         with contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):  # a damaged file is replaced
-            found = json.loads(patiently(path.read_bytes))
+            found = {} if anew else json.loads(patiently(path.read_bytes))
             return cls(*(_key(found, name) for name in ("server_key", "server_secret", "client_key", "client_secret")))
         keys = cls.make()
         write_private(path, json.dumps(asdict(keys), indent=2) + "\n")

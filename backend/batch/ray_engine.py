@@ -108,7 +108,7 @@ class RayEngine:
 
     def submit(self, key: str, recipe: str, values: dict[str, Any], inputs: dict[str, Path], title: str) -> str:
         known = self._jobs.get(key)
-        if known is not None and known.state not in ("failed", "cancelled"):
+        if known is not None and known.state not in ("failed", "cancelled") and known.cancelled_at is None:
             if known.state == "done":
                 self._events.append(Event(key, "done", fraction=1.0))
             return key
@@ -120,6 +120,7 @@ class RayEngine:
             "recipe": recipe,
             "parameters": parameters,
             "threads": self._cpus,
+            "chunk": CHUNK,
         }
         gpus = 1 if self._has_gpu() and _asks_for_gpu(parameters) else 0
         task = self._task.options(name=title or recipe, num_cpus=self._cpus, num_gpus=gpus)
@@ -143,25 +144,26 @@ class RayEngine:
                 time.sleep(min(POLL_SECONDS, left))
 
     def fetch(self, id: str, folder: Path) -> None:
-        job = self._jobs[id]
+        job = self._jobs.get(id)
+        if job is None:
+            raise KilnError("no-job", f"There is no job {id!r}.", "Its results were fetched and forgotten; submit it again.")
+        folder.mkdir(parents=True, exist_ok=True)
+        hashes = list(job.results.values())
         for name, hash in job.results.items():
-            target = folder / check_name(name)
+            source, target = self._scratch / job.token / hash, folder / check_name(name)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.unlink(missing_ok=True)
-            alone = sum(hash in other.results.values() for other in self._jobs.values()) == 1 == list(job.results.values()).count(hash)
             with disk.full_disk_named(folder):
-                if not alone or not _linked(self._scratch / hash, target):
-                    shutil.copyfile(self._scratch / hash, target)
+                if hashes.count(hash) > 1 or not _linked(source, target):
+                    shutil.copyfile(source, target)
 
     def forget(self, id: str) -> None:
         job = self._jobs.get(id)
         if job is None or job.state not in FINAL:
             return
         del self._jobs[id]
-        others = list(self._jobs.values())
-        for hash in set(job.results.values()) - {hash for other in others for hash in other.results.values()}:
-            (self._scratch / hash).unlink(missing_ok=True)
-        for hash in job.hashes - {hash for other in others for hash in other.hashes}:
+        shutil.rmtree(self._scratch / job.token, ignore_errors=True)
+        for hash in job.hashes - {hash for other in self._jobs.values() for hash in other.hashes}:
             self._files.pop(hash, None)  # Ray frees an object with the last reference to it
 
     def cancel(self, id: str) -> None:
@@ -303,6 +305,7 @@ class RayEngine:
     def _hear_message(self, job: _Job, message: dict[str, Any]) -> None:
         if message["kind"] == "begin":
             job.begun, job.stage = True, ""
+            self._events.append(Event(job.id, "stage"))
             if message["attempt"] > 1:
                 text = f"Its worker was lost; attempt {message['attempt']} begins on {message['node']}, with what is finished there."
                 self._events.append(Event(job.id, "log", text=text))
@@ -350,7 +353,7 @@ class RayEngine:
 
 
 class Desk:
-    """The actor to which tasks report and send results, in the folder under their SHA-256. One call at a time."""
+    """The actor to which tasks report and send results: one folder a job, in it each under its SHA-256. One call at a time."""
 
     def __init__(self, folder: str):
         self._folder = Path(folder)
@@ -383,21 +386,24 @@ class Desk:
         messages, self._messages = self._messages, []
         return messages
 
-    def has(self, hash: str) -> bool:
-        return (self._folder / hash).is_file()
+    def has(self, token: str, hash: str) -> bool:
+        """Whether that result has arrived, from an earlier attempt or under another name."""
+        return (self._folder / token / hash).is_file()
 
     def receive(self, token: str, attempt: int, hash: str, offset: int, chunk: bytes, last: bool) -> dict[str, str] | None:
         """Writes a part of a result; with the last one it is whole. An error as on the wire if it cannot."""
-        part = self._folder / f"{token}-{attempt}.part"
+        folder = self._folder / token
+        part = folder / f"{attempt}.part"
         try:
-            with disk.full_disk_named(self._folder), open(part, "r+b" if offset else "wb") as file:
+            folder.mkdir(exist_ok=True)
+            with disk.full_disk_named(folder), open(part, "r+b" if offset else "wb") as file:
                 file.seek(offset)
                 file.write(chunk)
             if last:
                 with open(part, "rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != hash:
                         return KilnError("damaged-result", "A result arrived damaged.", "Run the same command again.").to_wire()
-                os.replace(part, self._folder / hash)
+                os.replace(part, folder / hash)
         except (OSError, KilnError) as error:
             if not isinstance(error, KilnError):
                 error = KilnError("disk", f"A result cannot be written to {self._folder}: {error}.", "Check the disk.")
@@ -432,7 +438,7 @@ def run_task(version: str, order: dict[str, Any], files: dict[str, tuple[str, li
         outcome = worker.compute(command, reports, tell.cancelled)
         if outcome["kind"] == "done":
             tell({"kind": "stage", "stage": "Send results"})
-            outcome["results"] = _sent(ray, desk, tell, folder / "results", outcome["results"])
+            outcome["results"] = _sent(ray, desk, tell, folder / "results", outcome["results"], order["chunk"])
         return outcome
     except KilnError as error:
         return {"kind": "cancelled"} if tell.cancelled() else _failed(error)
@@ -498,19 +504,19 @@ def _received(ray: Any, files: dict[str, tuple[str, list[Any]]], folder: Path) -
     return {name: [str(arrived / hash), hash] for name, (hash, _) in files.items()}
 
 
-def _sent(ray: Any, desk: Any, tell: _Telling, folder: Path, names: list[str]) -> dict[str, str]:
+def _sent(ray: Any, desk: Any, tell: _Telling, folder: Path, names: list[str], size_of_chunk: int) -> dict[str, str]:
     """Sends the results, each chunk when the one before has arrived; name -> SHA-256."""
     hashes: dict[str, str] = {}
     for number, name in enumerate(names):
         tell({"kind": "progress", "fraction": number / len(names), "text": name})
         with open(folder / name, "rb") as file:
             hash = hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
-            if ray.get(desk.has.remote(hash)):
+            if ray.get(desk.has.remote(tell.token, hash)):
                 continue
             size, offset = file.tell(), 0
             file.seek(0)
             while True:
-                chunk = file.read(CHUNK)
+                chunk = file.read(size_of_chunk)
                 last = offset + len(chunk) >= size
                 if error := ray.get(desk.receive.remote(tell.token, tell.attempt, hash, offset, chunk, last)):
                     raise KilnError.from_wire(error)
@@ -542,6 +548,7 @@ def _imported(address: str | None) -> Any:
         os.environ.setdefault(name, value)
     try:
         import ray
+        import ray._private.worker
         import ray.util.scheduling_strategies
     except ImportError as error:
         if error.name != "ray":
@@ -549,6 +556,9 @@ def _imported(address: str | None) -> Any:
         raise KilnError(
             "no-ray", "`--engine ray` needs Ray, which is not installed.", f'Install it: "{sys.executable}" -m pip install {RAY}'
         ) from None
+    # Pages of Ray's own state when a node is lost: `kiln batch` says in a line what that means.
+    ray._private.worker.print_to_stdstream = lambda data, ignore_prefix: log.debug("Ray: %s", data)
+    logging.getLogger("ray").addHandler(logging.NullHandler())
     return ray
 
 
