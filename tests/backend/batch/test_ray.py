@@ -133,7 +133,11 @@ def test_what_a_node_makes_is_what_the_local_worker_makes(farm):
     assert set(ours) == set(theirs) and len(theirs["mesh.glb"]) > ray_engine.CHUNK
     assert [name for name in ours if ours[name] != theirs[name]] == ["report.json"]  # which tells the seconds that it took
     stages = [event.stage for event in told if event.kind == "stage" and event.stage]
-    assert [stage for stage in stages if stage in ("Extract surface", "Bake texture", "Measure")] == ["Extract surface", "Bake texture", "Measure"]
+    assert [stage for stage in stages if stage in ("Extract surface", "Bake texture", "Measure")] == [
+        "Extract surface",
+        "Bake texture",
+        "Measure",
+    ]
     assert stages[0] == "Read inputs" and stages[-2:] == ["Save", "Send results"]
     assert any(event.kind == "progress" and 0 < event.fraction < 1 for event in told)
 
