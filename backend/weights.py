@@ -231,6 +231,16 @@ def folder(id: str) -> Path:
     return place(entry(id))
 
 
+def revision(id: str) -> str:
+    """What tells the files of an entry, and of all that it needs, from those of another revision: a hash, which says nothing of what comes
+    with Kiln and is told by Kiln's own version."""
+    digest = hashlib.sha256()
+    for one in chain(id):
+        for file in (read(place(one) / LOCK) or {}).get("files", []):
+            digest.update(f"{one.id} {file['path']} {file['sha256']}\0".encode())
+    return digest.hexdigest()
+
+
 def _no_weights(one: Entry, kind: str, wrong: str) -> KilnError:
     if one.bundled:
         message = f"{one.title} belongs to Kiln and is not where it should be ({place(one)}{': ' + wrong if wrong else ''})."

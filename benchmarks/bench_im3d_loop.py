@@ -73,7 +73,7 @@ def loop(seed: int, family: int, iterations: int, strength: float) -> tuple[list
     without, _ = fit_images(first, p.fit, seed, None, iterations, None)
     before, after = parts(iterations, 1)
     splats, _ = fit_images(first, p.fit, seed, None, before, None)
-    again = refine(turn, drawn(splats, turn.path(orbit).cameras(SIZE)), picture.rgba, p.generate, strength, p.iterate.steps, seed)
+    again = refine(turn, drawn(splats, turn.path(orbit).cameras(SIZE)), picture.rgba, p.generate, strength, p.iterate.steps, seed + 1)
     second = as_views(again.frames, matte(again.frames, "border"), orbit, picture)
     refined, _ = fit_images(second, p.fit, seed, splats, after, None)
 

@@ -10,6 +10,7 @@ from .errors import KilnError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".avif")
 MOVIES = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ogv", ".wmv", ".flv", ".gif")
+LORA = "lora.safetensors"  # the user's own, of the generator
 LEAST_VIEWS = 4  # of a turntable
 SMALLEST_SIDE, LARGEST_SIDE = 32, 8192  # pixels of a picture
 _SIDE = re.compile(r"view_\d+", re.IGNORECASE)
@@ -80,6 +81,20 @@ def _views(folder: Path) -> dict[str, Path]:
 def _in_order(file: Path) -> list[tuple[int, int, str]]:
     """frame_2 before frame_10."""
     return [(0, int(part), "") if part.isdecimal() else (1, 0, part.lower()) for part in re.split(r"(\d+)", file.name) if part]
+
+
+def lora(path: Path | None) -> dict[str, Path]:
+    """The file of a LoRA, or the one in a folder (as `kiln train turntable` leaves it), by the name that the recipe knows. Raises
+    KilnError("bad-input")."""
+    if path is None:
+        return {}
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if len(files) != 1:
+        raise KilnError("bad-input", f"{path} holds {len(files)} safetensors files.", "Name the one that is the LoRA.")
+    if not files[0].is_file() or files[0].suffix.lower() != ".safetensors":
+        hint = "Give the safetensors file, or the folder of the run, that `kiln train turntable` made."
+        raise KilnError("bad-input", f"{path} is no LoRA.", hint)
+    return {LORA: files[0]}
 
 
 # Views that a user is not content with

@@ -44,17 +44,22 @@ class Loaded(Protocol):
 
 
 _warm: Loaded | None = None
+_changed: tuple[Path, int, int] | None = None  # by which LoRA's file, of what time and size
 _device = ""  # where it is, or was to be
 _plan: weights.Plan | None = None
 
 
-def load(model: str, progress: Progress = silent) -> Any:
+def load(model: str, progress: Progress = silent, lora: Path | None = None) -> Any:
     """The generator of the registry's entry `model`, ready to run; the one that was loaded before makes room for it. Reports the memory
-    plan. Raises KilnError: no-weights, no-model, no-device, out-of-memory (too little is free), bad-weights."""
-    global _warm, _device, _plan
+    plan. lora: a file that is added to its weights. Raises KilnError: no-weights, no-model, no-device, out-of-memory (too little is free),
+    bad-weights, bad-parameter where the model takes no LoRA."""
+    global _warm, _changed, _device, _plan
     one = weights.entry(model)
-    if _warm is not None and _warm.model == one.id:
+    change = None if lora is None else (lora.absolute(), lora.stat().st_mtime_ns, lora.stat().st_size)
+    if _warm is not None and _warm.model == one.id and _changed == change:
         return _warm
+    if lora is not None and one.loader in OPENERS and one.loader not in TAKES_LORA:
+        raise KilnError("bad-parameter", f"{one.title} takes no LoRA.", "Choose the model that it was trained on, Wan's or SV3D.")
     release()
     weights.folder(one.id)
     device = compute_device()
@@ -63,7 +68,8 @@ def load(model: str, progress: Progress = silent) -> Any:
     if one.loader not in OPENERS:
         raise KilnError("bad-weights", f"{one.title} makes no pictures.", "Choose one of the models that the recipe lists.")
     _device, _plan = device, plan
-    _warm = OPENERS[one.loader](one, device, plan, progress)
+    _warm = OPENERS[one.loader](one, device, plan, progress, lora)
+    _changed = change
     return _warm
 
 
@@ -84,13 +90,13 @@ def release() -> None:
 
 
 @contextlib.contextmanager
-def loaded(model: str, progress: Progress = silent) -> Iterator[Any]:
+def loaded(model: str, progress: Progress = silent, lora: Path | None = None) -> Iterator[Any]:
     """`with loaded(id) as generator`: memory that runs out within ends the attempt, with everything given back and a KilnError
     "out-of-memory" that says what would fit."""
     error: KilnError | None = None
     begun = False
     try:
-        generator = load(model, progress)
+        generator = load(model, progress, lora)
         begun = True
         yield generator
     except Exception as reason:
@@ -239,29 +245,65 @@ def settle(pipe: Any, device: str, plan: weights.Plan, large: str) -> bool:
     return False
 
 
-# -- Who opens what: each takes an entry, the device and the plan, and imports what it needs -----------------------------------------
+def fuse(network: Any, called: str, file: Path) -> None:
+    """Adds a LoRA, as `kiln train turntable` saves it, to the weights of a network, which diffusers calls `called`. Raises
+    KilnError("bad-weights") where it does not fit all through; the network is then of no use any more."""
+    import torch
+
+    def misfit(what: str) -> KilnError:
+        return KilnError("bad-weights", f"{file.name} does not fit this model: {what}.", "Use a LoRA that was trained on this very model.")
+
+    layers = tensors(file)
+    downs = [name for name in layers if name.endswith(".lora_A.weight")]
+    if not downs or 2 * len(downs) != len(layers):
+        raise misfit("it is no LoRA of Kiln's")
+    for name in downs:
+        module = name.removeprefix(f"{called}.").removesuffix(".lora_A.weight")
+        down, up = layers[name].float(), layers.get(name.replace(".lora_A.", ".lora_B."))
+        try:
+            weight = network.get_submodule(module).weight
+        except AttributeError:
+            raise misfit(f"it has no layer {module}") from None
+        if up is None or (up.shape[0], down.shape[1]) != tuple(weight.shape) or up.shape[1] != down.shape[0]:
+            raise misfit(f"layer {module} is of another size")
+        with torch.no_grad():
+            weight.copy_(weight.float() + (up.float() @ down).to(weight.device))
 
 
-def _wan(one: weights.Entry, device: str, plan: weights.Plan, progress: Progress) -> Any:
+def tensors(file: Path) -> dict[str, Any]:
+    """Of a safetensors file; KilnError("bad-weights") where it is none."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise KilnError("bad-weights", f"{file.name} cannot be read: {error}.", "Give a LoRA as a safetensors file.") from None
+
+
+# -- Who opens what: each takes an entry, the device, the plan and a LoRA's file or None, and imports what it needs ---------------------
+
+
+def _wan(one: weights.Entry, device: str, plan: weights.Plan, progress: Progress, lora: Path | None) -> Any:
     from .wan import WanTurntable
 
-    return WanTurntable.open(one.id, device, plan, progress)
+    return WanTurntable.open(one.id, device, plan, progress, lora)
 
 
-def _flux2_klein(one: weights.Entry, device: str, plan: weights.Plan, progress: Progress) -> Any:
+def _flux2_klein(one: weights.Entry, device: str, plan: weights.Plan, progress: Progress, lora: Path | None) -> Any:
     from .text_to_image import TextToImage
 
     return TextToImage.open(one.id, device, plan, progress)
 
 
-def _sv3d(one: weights.Entry, device: str, plan: weights.Plan, progress: Progress) -> Any:
+def _sv3d(one: weights.Entry, device: str, plan: weights.Plan, progress: Progress, lora: Path | None) -> Any:
     from .memory import Place
     from .sv3d import load
 
-    return load(weights.folder(one.id) / "sv3d_p.safetensors", Place(device, dtype(plan), plan.offload), progress=progress)
+    return load(weights.folder(one.id) / "sv3d_p.safetensors", Place(device, dtype(plan), plan.offload), progress=progress, lora=lora)
 
 
-def _mv_adapter(one: weights.Entry, device: str, plan: weights.Plan, progress: Progress) -> Any:
+def _mv_adapter(one: weights.Entry, device: str, plan: weights.Plan, progress: Progress, lora: Path | None) -> Any:
     from .memory import Place
     from .mv_adapter import load
 
@@ -270,7 +312,7 @@ def _mv_adapter(one: weights.Entry, device: str, plan: weights.Plan, progress: P
     return load(file, base, vae, Place(device, dtype(plan), plan.offload), progress=progress)
 
 
-OPENERS: dict[str, Callable[[weights.Entry, str, weights.Plan, Progress], Any]] = {  # by the `class` that the registry says
+OPENERS: dict[str, Callable[[weights.Entry, str, weights.Plan, Progress, Path | None], Any]] = {  # by the `class` that the registry says
     "tiny": _wan,
     "wan": _wan,
     "wan-lora": _wan,
@@ -278,6 +320,7 @@ OPENERS: dict[str, Callable[[weights.Entry, str, weights.Plan, Progress], Any]] 
     "mv-adapter": _mv_adapter,
     "flux2-klein": _flux2_klein,
 }
+TAKES_LORA = ("tiny", "wan", "wan-lora", "sv3d")
 
 
 def _bytes(module: Any) -> int:

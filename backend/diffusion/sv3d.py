@@ -35,6 +35,7 @@ from backend.views.orbit import Orbit
 from protocol.errors import KilnError
 
 from .frames import decode, encode, on_background, palette, stepwise
+from .loading import fuse
 from .memory import Place
 from .sigmas import karras, solve
 
@@ -193,9 +194,9 @@ class SV3D:
             return np.roll(decode(self.vae, latents / scale, progress), 1, 0)
 
 
-def load(file: Path, place: Place, parts: Parts | None = None, progress: Progress = silent) -> SV3D:
-    """The generator in `file`, of the published layout (sgm). Raises KilnError "bad-weights" where a tensor is missing, unknown or of
-    another shape than `parts`, or what was published, says."""
+def load(file: Path, place: Place, parts: Parts | None = None, progress: Progress = silent, lora: Path | None = None) -> SV3D:
+    """The generator in `file`, of the published layout (sgm), with a LoRA of `kiln train turntable` or without. Raises KilnError
+    "bad-weights" where a tensor is missing, unknown or of another shape than `parts`, or what was published, says."""
     parts = parts or AS_PUBLISHED
     with torch.device("meta"):
         unet = SV3DUNet.from_config(parts.unet)
@@ -210,6 +211,8 @@ def load(file: Path, place: Place, parts: Parts | None = None, progress: Progres
     _fill(file, networks, progress)
     # The one buffer that no file holds.
     clip.vision_model.embeddings.position_ids = torch.arange(clip.vision_model.embeddings.num_positions)[None]
+    if lora is not None:
+        fuse(unet, "unet", lora)
     for network in (unet, vae, clip):
         network.eval().requires_grad_(False)
     return SV3D(unet, vae, clip, place)

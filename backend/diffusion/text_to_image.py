@@ -24,9 +24,10 @@ STEPS = 4  # with no guidance: the model card
 PROMPT = "{subject}, a single object, centred on a plain white background, whole object visible, seen from the front and slightly above"
 
 
-def draw(prompt: str, matte: str, seed: int, progress: Progress = silent) -> Picture:
+def draw(prompt: str, matte: str, seed: int, revision: str = "", progress: Progress = silent) -> Picture:
     """The subject of a picture that is made from words, cut out as `prepare` does it (matte: its `how`). The same words and seed draw the
-    same. Raises KilnError: bad-input, and what `loading.loaded` raises."""
+    same by the same weights; revision: `weights.revision` of them, by which finished stages are told apart. Raises KilnError: bad-input,
+    and what `loading.loaded` raises."""
     subject = " ".join(prompt.split()).rstrip(".,")
     if not subject:
         raise KilnError("bad-input", "There is neither a picture nor a prompt.", "Choose a picture, or say what the subject is.")

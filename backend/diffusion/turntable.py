@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -78,6 +79,18 @@ class Turntable(Protocol):
 
 
 @dataclass(frozen=True)
+class Weights:
+    """What parameters do not say of a model's weights, so that finished stages are told apart by it. revision: `weights.revision`. lora: a
+    file that is added to them."""
+
+    revision: str = ""
+    lora: Path | None = None
+
+
+AS_THEY_COME = Weights()
+
+
+@dataclass(frozen=True)
 class Turn:
     """One turn around the subject.
 
@@ -105,10 +118,15 @@ class Turn:
 
 
 def generate(
-    picture: Float[np.ndarray, "h h 4"], p: recipes.Generate, seed: int, elevation: float = 10.0, progress: Progress = silent
+    picture: Float[np.ndarray, "h h 4"],
+    p: recipes.Generate,
+    seed: int,
+    elevation: float = 10.0,
+    weights: Weights = AS_THEY_COME,
+    progress: Progress = silent,
 ) -> Turn:
     """`p.views` views, or as many as the model makes. elevation: of the picture's camera, degrees; only some calibrated models use it."""
-    with loaded(p.model, progress) as model:
+    with loaded(p.model, progress, weights.lora) as model:
         orbit = model.orbit
         if orbit is not None and model.any_elevation:
             orbit = dataclasses.replace(orbit, elevation=elevation)
@@ -125,11 +143,12 @@ def refine(
     strength: float,
     steps: int,
     seed: int,
+    weights: Weights = AS_THEY_COME,
     progress: Progress = silent,
 ) -> Turn:
     """The turn that the model makes of `renders`, which are seen from `turn.path(orbit).cameras(size)` on white: noised to `strength`,
     denoised in `steps` (IM-3D, section 3.4). Cameras and choice of views stay."""
-    with loaded(p.model, progress) as model:
+    with loaded(p.model, progress, weights.lora) as model:
         before = model.evaluations
         orbit = turn.shown if turn.calibrated else None
         film = model.refine(renders, picture, p.prompt, orbit, steps, strength, p.guidance or model.guidance, seed, None, progress)
@@ -143,6 +162,7 @@ def reroll(
     picture: Float[np.ndarray, "h h 4"],
     p: recipes.Generate,
     seed: int,
+    weights: Weights = AS_THEY_COME,
     progress: Progress = silent,
 ) -> Turn:
     """The turn with the view number `view` (from 0) made anew from noise, all others as they are, replaced ones too. draw: how manieth
@@ -158,7 +178,7 @@ def reroll(
     keep[at] = False
     orbit = turn.shown if turn.calibrated else None
     draws = int(np.random.SeedSequence((seed, view, draw)).generate_state(1)[0])
-    with loaded(p.model, progress) as model:
+    with loaded(p.model, progress, weights.lora) as model:
         before = model.evaluations
         film = model.refine(known, picture, p.prompt, orbit, p.steps, 1.0, p.guidance or model.guidance, draws, keep, progress)
         frames = turn.frames.copy()

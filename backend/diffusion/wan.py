@@ -87,8 +87,9 @@ class WanTurntable:
             )
 
     @classmethod
-    def open(cls, id: str, device: str, plan: weights.Plan, progress: Progress = silent) -> WanTurntable:
-        """Loads an entry of class wan or tiny, or a LoRA together with the model that it needs. A LoRA becomes part of the weights."""
+    def open(cls, id: str, device: str, plan: weights.Plan, progress: Progress = silent, lora: Path | None = None) -> WanTurntable:
+        """Loads an entry of class wan or tiny, or a LoRA together with the model that it needs. lora: a file of the user's own. LoRAs
+        become part of the weights."""
         one = weights.entry(id)
         is_lora = one.loader == "wan-lora"
         base = weights.entry(one.needs[0]) if is_lora else one
@@ -103,7 +104,10 @@ class WanTurntable:
         spec = SPECS.get(one.id) or SPECS[base.id]
         if is_lora:
             progress(0.95, "Loading the LoRA")
-            _fuse(pipe, weights.folder(one.id), spec.scale)
+            _fuse(pipe, _only_file(weights.folder(one.id)), spec.scale)
+        if lora is not None:
+            progress(0.97, "Loading the user's LoRA")
+            _fuse(pipe, lora, 1.0)
         stays = loading.settle(pipe, device, plan, "transformer")
         if device != "cpu" and (plan.offload or plan.precision == "fp8"):
             pipe.vae.enable_tiling()
@@ -321,17 +325,27 @@ class WanTurntable:
         return np.concatenate(list((views + 1) / 2), 1)
 
 
-def _fuse(pipe: WanImageToVideoPipeline, folder: Path, scale: float) -> None:
-    """Adds the LoRA of a folder's one safetensors file to the weights: then it costs nothing, and fp8 and offload need not know of it."""
+def _only_file(folder: Path) -> Path:
     files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
         raise KilnError("bad-weights", f"{folder} holds {len(files)} files of weights, not one LoRA.", "Download it again.")
+    return files[0]
+
+
+def _fuse(pipe: WanImageToVideoPipeline, file: Path, scale: float) -> None:
+    """Adds a LoRA, of any tool's naming that diffusers knows, to the weights: then it costs nothing, and fp8 and offload need not know of
+    it. diffusers only logs which of its layers the model does not have; here all have to fit."""
+    layers = loading.tensors(file)
+    count = sum(name.endswith((".lora_A.weight", ".lora_down.weight", ".lora.down.weight")) for name in layers)
     try:
-        pipe.load_lora_weights(str(folder), weight_name=files[0].name, adapter_name="turn", use_safetensors=True, local_files_only=True)
+        pipe.load_lora_weights(layers, adapter_name="turn")
+        found = sum("lora_A" in name for name in pipe.transformer.state_dict())
+        if found < max(count, 1):
+            raise ValueError(f"{found} of its {count} layers are the model's.")
         pipe.fuse_lora(components=["transformer"], lora_scale=scale, adapter_names=["turn"])
     except (ValueError, KeyError, RuntimeError) as error:
         text = str(error).strip().partition("\n")[0][:300]
-        raise KilnError("bad-weights", f"{files[0].name} does not fit its model: {text}", "Use a LoRA of this very model.") from error
+        raise KilnError("bad-weights", f"{file.name} does not fit its model: {text}", "Use a LoRA of this very model.") from error
     pipe.unload_lora_weights()
 
 

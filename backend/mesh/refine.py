@@ -81,15 +81,15 @@ def refine(
     p: recipes.RefineSurface,
     faces: int,
     seed: int,
-    progress: Progress = silent,
     device: str = "cpu",
+    progress: Progress = silent,
     settings: Settings = SETTINGS,
 ) -> Mesh:
     """The surface (closed, unit frame) as the views' colour and alpha have it, closed, of at most `faces` triangles.
 
-    Held-out views, depth and normals are not looked at, and the splats not needed: they gave `surface`. The given surface comes back,
-    decimated, where its silhouettes are nearer to the views' than those of the refined one: parts thinner than the grid may be lost. Same
-    seed, same mesh, bit by bit on the CPU. Raises `KilnError("bad-input")` for fewer than two views.
+    device: torch's. Held-out views, depth and normals are not looked at, and the splats not needed: they gave `surface`. The given surface
+    comes back, decimated, where its silhouettes are nearer to the views' than those of the refined one: parts thinner than the grid may be
+    lost. Same seed, same mesh, bit by bit on the CPU. Raises `KilnError("bad-input")` for fewer than two views.
     """
     seen = views.for_fitting
     if len(seen) < 2:

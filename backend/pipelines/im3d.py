@@ -9,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
+from PIL import Image
 
+from backend import weights
+from backend.diffusion import text_to_image
 from backend.diffusion.matte import matte, prepare, straight, way
 from backend.diffusion.text_to_image import draw
-from backend.diffusion.turntable import Turn, generate, refine, reroll
+from backend.diffusion.turntable import AS_THEY_COME, Turn, Weights, generate, refine, reroll
 from backend.mesh.bake import bake
 from backend.mesh.extract import extract
 from backend.mesh.measure import psnr
@@ -22,6 +25,7 @@ from backend.nets import elevation
 from backend.pipelines.asset import Asset, measure
 from backend.pipelines.picture_asset import PictureAsset, TurntableAsset
 from backend.pipelines.run import Run
+from backend.splats.fit import runs_on_cuda
 from backend.splats.fit_images import fit_images
 from backend.splats.image_loss import settled
 from backend.splats.model import Splats
@@ -34,6 +38,7 @@ from backend.views.turning import turning
 from backend.views.views import Frame, Views, load
 from protocol import recipes
 from protocol.errors import KilnError
+from protocol.picture import LORA
 
 LAST_SHARE = 0.4  # of the other parts: the fit's last one. The paper refines its views at steps 500 and 1000 of 1200
 LOOKS = 48  # pictures of the splats that the mesh is made from
@@ -45,16 +50,17 @@ def im3d(run: Run, folder: Path, p: recipes.Im3d) -> PictureAsset | TurntableAss
     """The asset of the picture, the text or the turntable in `folder` (SPEC.md, "Picture")."""
     if (folder / "transforms.json").exists():
         run.begin("Read views")
-        return from_views(run, load(folder, progress=run.progress), None, False, None, None, p)
+        return from_views(run, reduced(run, load(folder, progress=run.progress)), None, False, None, None, p)
+    model = AS_THEY_COME
     if any(folder.glob("view_*")):
         run.begin("Read views")
         frames, alpha = own_views(run, folder)
         turn = picture = None
     else:
         picture, alpha = the_picture(run, folder, p), None
-        chosen = replace(p.generate, rerolls="", only=False)
-        turn = run.stage("Generate views", generate, picture.rgba, chosen, p.seed, p.orbit.elevation)
-        turn = edited(run, turn, picture, folder, p)
+        chosen, model = replace(p.generate, rerolls="", only=False), weights_of(folder, p)
+        turn = run.stage("Generate views", generate, picture.rgba, chosen, p.seed, p.orbit.elevation, model)
+        turn = edited(run, turn, picture, folder, model, p)
         frames = turn.frames
     if alpha is None:
         alpha = run.stage("Cut out the views", matte, frames, way(p.generate.matte)[0])
@@ -63,14 +69,22 @@ def im3d(run: Run, folder: Path, p: recipes.Im3d) -> PictureAsset | TurntableAss
     views = as_views(frames, alpha, orbit, picture)
     if p.generate.only:
         return TurntableAsset(views, {**run.report(p), "evaluations": turn.evaluations if turn else 0})
-    return from_views(run, views, orbit, p.orbit.estimate and not exact, turn, picture, p)
+    return from_views(run, views, orbit, p.orbit.estimate and not exact, turn, picture, p, model)
 
 
 def from_views(
-    run: Run, views: Views, orbit: Orbit | None, estimate: bool, turn: Turn | None, picture: Picture | None, p: recipes.Im3d
+    run: Run,
+    views: Views,
+    orbit: Orbit | None,
+    estimate: bool,
+    turn: Turn | None,
+    picture: Picture | None,
+    p: recipes.Im3d,
+    model: Weights = AS_THEY_COME,
 ) -> PictureAsset:
     """The asset of a turntable. orbit: its cameras, None where the views' own are all there is to know; `estimate`: they are a guess, to be
-    refined along with the splats. turn, picture: what the video model made, and of what; None where there is none to go back to."""
+    refined along with the splats. turn, picture: what the video model made, and of what; None where there is none to go back to. model: its
+    weights."""
     compared, sentence = settled(p.fit.features)  # and not "auto", so that finished stages tell what they were made with
     run.log(sentence)
     fit, splats, agreement = replace(p.fit, features=compared), None, []
@@ -81,11 +95,11 @@ def from_views(
         if found is not None:
             orbit, views = found, replace(views, cameras=found.cameras(views.images.shape[1]))
         agreement.append(agree(splats, views))
-        if number < rounds:  # section 3.4
+        if number < rounds:  # section 3.4. The noise is another in each round: what was made of one comes back out of the same
             renders = drawn(splats, turn.path(orbit).cameras(turn.film.shape[1]))
             turn = run.stage(
                 f"Refine views, round {number + 1}", refine, turn, renders, picture.rgba, replace(p.generate, rerolls="", only=False),
-                p.iterate.strength, p.iterate.steps, p.seed + number,
+                p.iterate.strength, p.iterate.steps, p.seed + 1 + number, model,
             )  # fmt: skip
             alpha = run.stage(f"Cut out the views, round {number + 1}", matte, turn.frames, way(p.generate.matte)[0])
             views = as_views(turn.frames, alpha, orbit, picture)
@@ -96,7 +110,8 @@ def from_views(
     looks = pictures(solid, views.frame, recipes.Look(LOOKS, side), run.progress)
     surface = run.stage("Extract surface", extract, solid, looks, p.surface)
     if p.refine.on:  # appendix A.5
-        surface = run.stage("Refine the surface", refine_surface, surface, splats, views, p.refine, p.surface.faces, p.seed)
+        device = "cuda" if runs_on_cuda(p.fit.device) else "cpu"
+        surface = run.stage("Refine the surface", refine_surface, surface, splats, views, p.refine, p.surface.faces, p.seed, device)
     mesh = run.stage("Bake texture", bake, surface, solid, looks, p.texture)
     scores = run.stage("Measure", measure, mesh, splats, views)
     report = {**run.report(p), "evaluations": turn.evaluations if turn else 0, "agreement": agreement, "orbit": told(orbit)}
@@ -114,16 +129,23 @@ def the_picture(run: Run, folder: Path, p: recipes.Im3d) -> Picture:
         raise KilnError(
             "bad-input", "There is neither a picture nor a prompt.", "Choose a picture, or say in generate.prompt what the subject is."
         )
-    return run.stage("Make a picture of the text", draw, p.generate.prompt, way(p.generate.matte)[0], p.seed)
+    by = weights.revision(text_to_image.MODEL)
+    return run.stage("Make a picture of the text", draw, p.generate.prompt, way(p.generate.matte)[0], p.seed, by)
 
 
-def edited(run: Run, turn: Turn, picture: Picture, folder: Path, p: recipes.Im3d) -> Turn:
+def weights_of(folder: Path, p: recipes.Im3d) -> Weights:
+    """Of the chosen model, and the user's own LoRA."""
+    lora = folder / LORA
+    return Weights(weights.revision(p.generate.model), lora if lora.exists() else None)
+
+
+def edited(run: Run, turn: Turn, picture: Picture, folder: Path, model: Weights, p: recipes.Im3d) -> Turn:
     """The turntable with the views generated anew that `generate.rerolls` names, and those replaced that the user gave."""
     drawn_before: dict[int, int] = {}
     for view in numbers(p.generate.rerolls, len(turn.frames)):
         drawn_before[view] = draw_number = drawn_before.get(view, 0) + 1
         chosen = replace(p.generate, rerolls="", only=False)
-        turn = run.stage(f"Generate view {view} anew", reroll, turn, view, draw_number, picture.rgba, chosen, p.seed)
+        turn = run.stage(f"Generate view {view} anew", reroll, turn, view, draw_number, picture.rgba, chosen, p.seed, model)
     frames = turn.frames.copy()
     for path in sorted(folder.glob("replace_*")):
         (view,) = numbers(path.stem.removeprefix("replace_"), len(frames))
@@ -152,6 +174,24 @@ def own_views(run: Run, folder: Path) -> tuple[Float[np.ndarray, "k s s 3"], Flo
     views = np.stack([Picture(np.dstack(pair)).resized(size) for pair in zip(frames, cover, strict=True)])
     on_white = views[..., :3] * views[..., 3:] + 1 - views[..., 3:]
     return on_white.astype(np.float32), None if alpha is None else views[..., 3]
+
+
+def reduced(run: Run, views: Views) -> Views:
+    """Views with cameras at most LARGEST pixels wide and high, their colours and alpha alone: the fit of pictures looks at nothing else."""
+    height, width = views.alpha.shape[1:]
+    factor = LARGEST / max(width, height)
+    if factor >= 1:
+        return views
+    run.log(f"The views are fitted at {LARGEST} pixels.")
+    cameras = [camera.scaled(factor) for camera in views.cameras]
+    size = cameras[0].width, cameras[0].height
+    images, alpha = np.empty((len(views), size[1], size[0], 3), np.float32), np.empty((len(views), size[1], size[0]), np.float32)
+    for number, (image, cover) in enumerate(zip(views.images, views.alpha, strict=True)):
+        layers = [*np.moveaxis(image * cover[..., None], -1, 0), cover]  # a transparent pixel's colour counts for nothing
+        small = [np.asarray(Image.fromarray(layer).resize(size, Image.Resampling.BOX)) for layer in layers]
+        alpha[number] = small[3]
+        images[number] = (np.stack(small[:3], -1) / np.maximum(small[3], 1e-6)[..., None]).clip(0, 1)
+    return replace(views, cameras=cameras, images=images, alpha=alpha, depth=None, normals=None, material=None, emission=None)
 
 
 def numbers(text: str, count: int) -> list[int]:

@@ -4,15 +4,19 @@ import json
 
 import numpy as np
 import pytest
+import torch
 import trimesh
 from PIL import Image
+from safetensors.torch import save_file
 
 from backend.pipelines.asset import coded
-from backend.pipelines.im3d import as_views, im3d, numbers, own_views, parts, replacement
+from backend.pipelines.im3d import as_views, im3d, numbers, own_views, parts, reduced, replacement
 from backend.pipelines.run import Run
 from backend.train import objects, turntables
 from backend.views.orbit import Orbit
 from backend.views.picture import Picture
+from backend.views.views import Frame, Views
+from protocol import picture as wire
 from protocol import recipes
 from protocol.errors import KilnError
 
@@ -132,6 +136,54 @@ def test_large_views_of_ones_own_are_reduced(tmp_path):
         Image.new("RGB", (700, 700), (255, 255, 255)).save(tmp_path / f"view_{index:03d}.png")
     frames, alpha = own_views(Run(), tmp_path)
     assert frames.shape == (4, 512, 512, 3) and alpha is None
+
+
+def test_large_views_with_cameras_are_reduced_with_them():
+    orbit, side = Orbit.turn(3, 10.0, 40.0), 1024
+    images, alpha = np.zeros((3, side, side, 3), np.float32), np.zeros((3, side, side), np.float32)
+    images[:, 256:768, 256:512] = (0.8, 0.4, 0.2)
+    alpha[:, 256:769, 256:512] = 1  # one row more than has a colour
+    views = Views(orbit.cameras(side), images, alpha, alpha, images, np.array([0, 0, 1], bool), Frame(np.ones(3), 2.0))
+    told = []
+    small = reduced(Run(report=told.append), views)
+    assert small.alpha.shape == (3, 512, 512) and small.depth is None and small.normals is None
+    assert np.array_equal(small.holdout, views.holdout) and small.frame is views.frame
+    assert any("512 pixels" in event.get("text", "") for event in told)
+    assert np.allclose(small.images[:, 128:384, 128:256], (0.8, 0.4, 0.2), atol=1e-3) and small.alpha[0, 384, 200] == pytest.approx(0.5)
+    points = np.array([[0.1, 0.2, -0.3], [0.0, 0.0, 0.0]])
+    for camera, fine in zip(small.cameras, views.cameras, strict=True):
+        assert np.allclose(2 * camera.project(points)[0], fine.project(points)[0])
+    assert reduced(Run(), small) is small
+
+
+def test_a_lora_of_ones_own_changes_the_views_and_another_one_again(picture, made, stages, tmp_path):
+    def turned(number, scale):
+        folder, out = tmp_path / f"in{number}", tmp_path / f"out{number}"
+        folder.mkdir()
+        out.mkdir()
+        (folder / "image.png").write_bytes((picture / "image.png").read_bytes())
+        layers = {f"transformer.blocks.3.attn1.to_v.lora_{side}.weight": scale * torch.ones(shape) for side, shape in SIDES}
+        save_file(layers, tmp_path / "pytorch_lora_weights.safetensors")
+        for name, file in wire.lora(tmp_path).items():
+            (folder / name).write_bytes(file.read_bytes())
+        _, run = results(folder, stages, {"generate.only": True}, out)
+        return views_in(out), run.cached
+
+    SIDES = (("A", (1, 192)), ("B", (192, 1)))
+    plain, found = results(picture, stages, {"generate.only": True}, tmp_path)
+    assert "Generate views" in found.cached
+    (first, cached), (second, also) = turned(1, 0.1), turned(2, 0.2)
+    assert "Generate views" not in cached + also
+    for one, other in ((first, views_in(plain)), (second, first)):
+        assert np.abs(one - other)[1:].max() > 0.02
+
+
+def test_what_is_no_lora_is_said(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"")
+    for wrong, told in ((tmp_path, "0 safetensors"), (tmp_path / "a.bin", "no LoRA"), (tmp_path / "b.safetensors", "no LoRA")):
+        with pytest.raises(KilnError, match=told):
+            wire.lora(wrong)
+    assert wire.lora(None) == {}
 
 
 def test_a_view_that_was_worked_on_keeps_its_subjects_place(tmp_path):

@@ -173,6 +173,16 @@ def test_what_is_pulled_is_whole_locked_and_given_out(hub):
     assert fetch.pull("model") == folder and len(hub.asked) == before, "what is here is not fetched again"
 
 
+def test_weights_of_another_revision_are_told_apart_also_where_others_need_them(hub):
+    fetch.pull("adapter", accept=True)
+    before = weights.revision("adapter"), weights.revision("model")
+    assert weights.revision("nickname") == before[0] != before[1]
+    lock = weights.read(weights.place(weights.entry("model")) / weights.LOCK)
+    lock["files"][0] |= {"sha256": "0" * 64}
+    weights.write(weights.place(weights.entry("model")) / weights.LOCK, lock)
+    assert weights.revision("adapter") != before[0] and weights.revision("model") != before[1]
+
+
 def test_what_is_not_pinned_binds_at_its_first_download(hub):
     folder = fetch.pull("fresh", accept=True)
     assert contents(folder) == MODEL, "pickles and pages are left where they are"

@@ -206,3 +206,52 @@ def test_half_and_quarter_precision_make_nearly_the_same_views(installed, pictur
     assert transformer.blocks[0].ffn.net[2].weight.dtype == torch.float8_e4m3fn  # at rest
     errors = np.abs(half - exact).mean(), np.abs(quarter - exact).mean()
     assert 0 < errors[0] < 0.01 and errors[0] < errors[1] < 0.05 and exact.std() > 0.05
+
+
+def test_a_lora_of_the_users_own_changes_the_weights_and_is_part_of_what_is_warm(installed, models):
+    root, pipes = models
+    file = root / "turning" / "pytorch_lora_weights.safetensors"
+    made = loading.load("video", lora=file)
+    layers, name = load_file(file), "blocks.1.attn1.to_v"
+    down, up = (layers[f"transformer.{name}.lora_{letter}.weight"] for letter in "AB")
+    before = pipes["video"].transformer.get_submodule(name).weight
+    torch.testing.assert_close(made.pipe.transformer.get_submodule(name).weight.data, before.data + up @ down)
+    assert loading.load("video", lora=file) is made
+    plain = loading.load("video")
+    assert plain is not made and torch.equal(plain.pipe.transformer.get_submodule(name).weight, before)
+
+
+def test_a_lora_that_the_model_has_no_place_for_is_refused(installed, models, tmp_path):
+    from safetensors.torch import save_file
+
+    layers = load_file(models[0] / "turning" / "pytorch_lora_weights.safetensors")
+    deeper = {name.replace("blocks.1.", "blocks.7."): tensor for name, tensor in layers.items()}
+    of_sv3d = {name.replace("transformer.", "unet."): tensor for name, tensor in layers.items()}
+    for number, wrong in enumerate((deeper, of_sv3d, {"weight": torch.zeros(2)})):
+        save_file(wrong, tmp_path / f"{number}.safetensors")
+        with pytest.raises(KilnError, match=f"{number}.safetensors does not fit") as refused:
+            loading.load("video", lora=tmp_path / f"{number}.safetensors")
+        assert refused.value.code == "bad-weights"
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    with pytest.raises(KilnError, match="cannot be read"):
+        loading.load("video", lora=tmp_path / "text.safetensors")
+
+
+def test_models_that_take_no_lora_say_so(models):
+    with pytest.raises(KilnError, match="takes no LoRA"):
+        loading.load("mv-adapter-sdxl", lora=models[0] / "turning" / "pytorch_lora_weights.safetensors")
+
+
+def test_a_network_takes_the_lora_that_was_saved_for_it(tmp_path):
+    from safetensors.torch import save_file
+
+    network = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU()).bfloat16()
+    before, down, up = network[0].weight.detach().float().clone(), torch.ones(2, 4), torch.ones(3, 2)
+    save_file({"unet.0.lora_A.weight": down, "unet.0.lora_B.weight": up}, tmp_path / "a.safetensors")
+    loading.fuse(network, "unet", tmp_path / "a.safetensors")
+    torch.testing.assert_close(network[0].weight.float(), before + 2, atol=0.02, rtol=0)
+    for name, shape, told in (("1", (3, 2), "no layer 1|layer 1"), ("0", (4, 2), "another size"), ("9", (3, 2), "no layer 9")):
+        wrong = {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": torch.ones(shape)}
+        save_file(wrong, tmp_path / "b.safetensors")
+        with pytest.raises(KilnError, match=told):
+            loading.fuse(network, "unet", tmp_path / "b.safetensors")

@@ -243,4 +243,4 @@ class TestRefine:
             raise Stop
 
         with pytest.raises(Stop):
-            refine(dented(), None, views, WANTED, 2000, 0, report)
+            refine(dented(), None, views, WANTED, 2000, 0, progress=report)

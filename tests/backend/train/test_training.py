@@ -129,7 +129,7 @@ def small_wan():
 def small_sv3d(tmp_path_factory):
     file = tmp_path_factory.mktemp("sv3d") / sv3d.FILE
     write_small(file)
-    return lambda: sv3d.load(file, Place(), SMALL_SV3D)
+    return lambda added=None: sv3d.load(file, Place(), SMALL_SV3D, lora=added)
 
 
 def trained(course, turns, folder, settings=FEW):
@@ -169,7 +169,9 @@ def test_lora_on_sv3d_learns_in_temporal_attention_alone_and_loads_again(tmp_pat
     fresh = small_sv3d()
     before = fresh.generate(given, "", None, 1, 1.0, 0)
     lora.load(fresh.unet, file)
-    assert np.abs(fresh.generate(given, "", None, 1, 1.0, 0) - before)[1:].max() > 1e-6
+    after = fresh.generate(given, "", None, 1, 1.0, 0)
+    assert np.abs(after - before)[1:].max() > 1e-6
+    assert np.abs(small_sv3d(file).generate(given, "", None, 1, 1.0, 0) - after).max() < 1e-5  # as `kiln run im3d --lora` loads it
 
 
 def test_a_flow_that_is_known_has_no_loss():
