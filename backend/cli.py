@@ -159,6 +159,10 @@ def _batch_parser(commands: Any) -> None:
     how.add_argument("--workers", type=_count, metavar="N", help="jobs at once, if this command starts the backend (default: 1)")
     how.add_argument("--engine", choices=("local", "ray"), default="local", help="the backend, or a Ray cluster (default: local)")
     how.add_argument("--address", metavar="HOST:PORT", help="of the Ray cluster; without one, a cluster is started on this machine")
+    how.add_argument("--cpus", type=_count, metavar="N", help="cores of a Ray task (default: 4, or those of the smallest node)")
+    how.add_argument(
+        "--shard", type=_shard, metavar="K/N", help="the K-th of N runs that share the items, for a farm; docs/farm.md tells how they end"
+    )
     batch.set_defaults(command=_batch)
 
 
@@ -253,6 +257,13 @@ def _count(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= 64:
         raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to 64")
     return int(text)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    first, _, last = text.partition("/")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no shard; the third of twenty is 3/20")
+    return int(first), int(last)
 
 
 def _flags(recipe: Any) -> list[Any]:
@@ -472,12 +483,15 @@ def _batch(given: argparse.Namespace) -> int:
         parameters[name.strip()] = value.strip()
     if given.library is not None and given.library.suffix.lower() != ".blend":
         raise KilnError("bad-parameter", f"--library {given.library} is no .blend file.", "An asset library is a .blend file in a folder.")
+    if given.shard is not None and (given.library is not None or given.engine == "ray"):
+        hint = "Run the shards first, and then the same without --shard."
+        raise KilnError("bad-parameter", "--shard goes with neither --library nor --engine ray.", hint)
     out = Path(os.path.abspath(given.out))
     bar = _Bar()
     found = manifest.read(given.manifest, manifest.Overrides(given.recipe, given.preset, parameters), out, bar.say)
     options = run.Options(
         out, str(Path(os.path.abspath(given.manifest))), given.captures, given.blender, given.fbx,
-        given.library and Path(os.path.abspath(given.library)), given.catalog, tuple(given.only), given.retry_failed,
+        given.library and Path(os.path.abspath(given.library)), given.catalog, tuple(given.only), given.retry_failed, given.shard,
     )  # fmt: skip
     bar.stage("Batch")
     if given.dry_run:
@@ -489,7 +503,8 @@ def _batch(given: argparse.Namespace) -> int:
         bar.close()
         signal.signal(signal.SIGTERM, before)
     counts = {state: sum(item["state"] == state for item in told["items"]) for state in ("done", "failed", "cancelled", "waiting")}
-    bar.say(f"{', '.join(f'{count} {state}' for state, count in counts.items() if count) or 'Nothing to do'}. Report: {out / 'index.html'}")
+    said = ", ".join(f"{count} {state}" for state, count in counts.items() if count) or "Nothing to do"
+    bar.say(f"{said}. Report: {options.place / 'index.html'}")
     for item in told["items"]:
         if item["state"] == "failed":
             bar.say(f"  {item['name']}: {item['error']['message']} {item['error']['hint']}".rstrip())
@@ -497,6 +512,8 @@ def _batch(given: argparse.Namespace) -> int:
         bar.say("Cancelled; the same command goes on where it stopped.")
     if given.json:
         print(json.dumps(told, indent=1))
+    if given.shard is not None and told["state"] == "done":
+        return DONE  # what failed is kept, and told by the run of the whole that follows
     return run.exit_code(told)
 
 
@@ -505,7 +522,7 @@ def _engine(given: argparse.Namespace, out: Path, bar: _Bar) -> Any:
     if given.engine == "ray":
         from backend.batch.ray_engine import RayEngine
 
-        return RayEngine(out / ".work" / "ray", given.address)
+        return RayEngine(out / ".work" / ".ray", given.address, given.cpus)
     from backend.batch.local import Local
 
     engine = Local(lambda: _connect(given, start=True, workers=given.workers or 1), bar.say, 60.0 if given.connection else 0.0)

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,6 +31,7 @@ ATTEMPTS = 2  # failures are tried once more, after all others
 AHEAD = 2  # captures that wait for the engine beyond its slots, at most
 TURN_SECONDS = 0.2  # that news of Blender waits while the engine is listened to
 QUIET_TURN_SECONDS = 1.0  # that the cancel file waits
+SHARDS = ".shards"
 SPARE_BYTES = 500_000_000  # that captures leave free on the disk
 PIXEL_BYTES = 12  # of a captured view: colour, depth, normals and materials, packed
 
@@ -54,6 +55,12 @@ class Options:
     catalog: str = ""
     only: tuple[str, ...] = ()  # patterns of names
     retry_failed: bool = False
+    shard: tuple[int, int] | None = None  # (3, 20): the third of twenty runs that share the items, one beside the other
+
+    @property
+    def place(self) -> Path:
+        """Where this run has its lock and its report: the folder of results, or for a shard one of its own."""
+        return self.out if self.shard is None else self.out / items.WORK / SHARDS / "{}-of-{}".format(*self.shard)
 
 
 @dataclass
@@ -69,7 +76,8 @@ class Work:
     text: str = ""
     attempts: int = 0
     error: KilnError | None = None
-    warnings: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)  # somebody should look
+    notes: list[str] = field(default_factory=list)  # what the job said, and how it got its name
     seconds: dict[str, float] = field(default_factory=dict)  # capture, queue, compute
     figures: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, Path] | None = None  # once captured
@@ -84,9 +92,9 @@ class Work:
     def at(self, state: str, stage: str = "", fraction: float = 0.0, text: str = "") -> None:
         self.state, self.stage, self.fraction, self.text = state, stage, fraction, text
 
-    def warn(self, text: str) -> None:
-        if text and text not in self.warnings:
-            self.warnings.append(text)
+    def add(self, texts: Iterable[str], kind: str = "warnings") -> None:
+        found: list[str] = getattr(self, kind)
+        found += [text for text in dict.fromkeys(texts) if text and text not in found]
 
 
 def run(found: list[Item], options: Options, connect: Callable[[], Engine], tell: Tell) -> dict[str, Any]:
@@ -95,7 +103,7 @@ def run(found: list[Item], options: Options, connect: Callable[[], Engine], tell
     connect: gives the engine, when there is something for it to do. Raises KilnError where the whole cannot go on: a folder in use, no
     Blender, a full disk, a backend that is gone. What is finished stays finished.
     """
-    with _held(options.out):
+    with _held(options):
         batch = Batch(options, tell)
         try:
             batch.take_up(found)
@@ -135,20 +143,23 @@ class _Asked(Exception):
 
 
 @contextlib.contextmanager
-def _held(out: Path) -> Iterator[None]:
-    """The folder of results, for this run alone."""
-    try:
-        (out / items.WORK).mkdir(parents=True, exist_ok=True)
-        lock = disk.lock(out / items.WORK / "lock")
-    except BlockingIOError as error:
-        holder = f" (process {error.args[0]})" if error.args[0] else ""
-        raise KilnError(
-            "already-running", f"Another batch{holder} writes to {out}.", "Wait for its end, cancel it, or name another --out."
-        ) from None
-    except OSError as error:
-        raise KilnError("bad-input", f"{out} cannot be written to: {error.strerror or error}.", "Name another --out.") from None
-    with lock:
-        (out / "cancel").unlink(missing_ok=True)
+def _held(options: Options) -> Iterator[None]:
+    """The folder of results, for this run alone; a shard's beside other shards."""
+    place, others = options.place / items.WORK, f"{items.WORK}/{SHARDS}/*/{items.WORK}"
+    with contextlib.ExitStack() as held:
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            for folder in [place, *(options.out.glob(others) if options.shard is None else ())]:
+                held.enter_context(disk.lock(folder / "lock"))
+        except BlockingIOError as error:
+            holder = f" (process {error.args[0]})" if error.args[0] else ""
+            raise KilnError(
+                "already-running", f"Another batch{holder} writes to {options.out}.", "Wait for its end, cancel it, or name another --out."
+            ) from None
+        except OSError as error:
+            words = f"{options.out} cannot be written to: {error.strerror or error}."
+            raise KilnError("bad-input", words, "Name another --out.") from None
+        (options.place / "cancel").unlink(missing_ok=True)
         yield
 
 
@@ -163,13 +174,13 @@ class Batch:
         self.jobs: dict[str, Work] = {}
         self.engine: Engine | None = None
         self.keeps = scratch is None
-        logs = scratch or self.out / items.WORK
+        logs = scratch or options.place / items.WORK
         self.blenders = Blenders(options.captures, lambda: blender.find(options.blender), logs / "blender.log")
         self.told: dict[str, Any] = {}
         self.library: dict[str, Any] | None = None
         self.started = time.time()
         self.largest = 0  # bytes of a capture so far
-        self.writer = report.Writer(self.out)
+        self.writer = report.Writer(options.place)
 
     # -- Beginning ---------------------------------------------------------------------------------------------------------------------
 
@@ -181,9 +192,12 @@ class Batch:
             raise KilnError("bad-manifest", f"No item is called {' or '.join(self.options.only)}.", f"There are {names}.")
         for number, item in enumerate(wanted):
             self.tell.show(number / len(wanted), f"looking at {item.file.name}")
-            work = Work(item, Folder(self.out, item.name), warnings=[item.note] if item.note else [])
+            work = Work(item, Folder(self.out, item.name), notes=[item.note] if item.note else [])
             self.works.append(work)
-            self._look(work)
+            if self.options.shard is not None and number % self.options.shard[1] != self.options.shard[0] - 1:
+                work.text = "left out by --shard"
+            else:
+                self._look(work)
 
     def _subjects(self, item: Item) -> list[dict[str, str]]:
         """The objects or collections of a .blend, by Blender; kept for the next run, as long as the file is the same."""
@@ -219,7 +233,8 @@ class Batch:
         if record is not None:
             work.record, work.is_old = record, True
             work.figures, work.seconds = record.get("figures", {}), record.get("seconds", {})
-            work.warnings = list(dict.fromkeys([*work.warnings, *record.get("warnings", [])]))
+            work.add(record.get("warnings", ()))
+            work.add(record.get("notes", ()), "notes")
             if self._is_complete(work):
                 work.at("done", fraction=1.0, text="finished earlier")
                 return
@@ -257,7 +272,7 @@ class Batch:
         return bool(self.waiting or self.captured or self.jobs or self.blenders.busy)
 
     def stop_if_asked(self) -> None:
-        if (self.out / "cancel").exists():
+        if (self.options.place / "cancel").exists():
             raise _Asked
 
     def capture(self) -> None:
@@ -334,7 +349,7 @@ class Batch:
             work.at("computing", event.stage or work.stage, event.fraction, event.text)
         elif event.kind == "log":
             if "\n" not in event.text:  # a defect's trace has many lines
-                work.warn(event.text)
+                work.add([event.text], "notes")
         elif event.kind == "cancelled":
             del self.jobs[event.id]
             work.at("cancelled", text="cancelled in the backend")
@@ -360,8 +375,7 @@ class Batch:
                 engine.forget(work.job)  # results that cannot be read would be fetched again and again
             raise
         work.figures, found = report.figures_of(folder.fetched)
-        for text in found:
-            work.warn(text)
+        work.add(found)
         work.record = folder.take_results(
             {
                 "fingerprint": work.fingerprint, "name": work.item.name, "file": str(work.item.file), "subject": work.item.subject,
@@ -403,8 +417,7 @@ class Batch:
         work.inputs, work.values = kept["inputs"], kept.get("values") or work.item.values
         work.source = kept.get("source") or {}
         work.seconds["capture"] = kept.get("seconds") or 0.0
-        for text in kept.get("warnings") or []:
-            work.warn(text)
+        work.add(kept.get("warnings") or ())
         self._take_captured(work)
 
     def _take_captured(self, work: Work) -> None:
@@ -578,7 +591,7 @@ class Batch:
                     "name": work.item.name, "file": str(work.item.file), "object": (work.item.subject or {}).get("name", ""),
                     "recipe": work.item.recipe, "preset": work.item.preset, "state": work.state, "stage": work.stage,
                     "fraction": round(work.fraction, 3), "text": work.text, "attempts": work.attempts,
-                    "error": work.error.to_wire() if work.error else None, "warnings": work.warnings, "folder": str(work.folder.results),
+                    "error": work.error.to_wire() if work.error else None, "warnings": work.warnings, "notes": work.notes, "folder": str(work.folder.results),
                     "seconds": work.seconds, "figures": work.figures, "earlier": work.is_old,
                 }
                 for work in self.works
