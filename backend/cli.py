@@ -114,6 +114,17 @@ def _parser() -> argparse.ArgumentParser:
     _weights_parser(commands)
     _train_parser(commands)
 
+    store = commands.add_parser("store", help="what the backend keeps on the disk; make room")
+    actions = store.add_subparsers(required=True, metavar="ACTION")
+    shown = actions.add_parser("show", help="print where it lies, how large it is, and what its limits are")
+    cleaned = actions.add_parser("clean", help="remove what may go: never what waits, runs, or was not fetched or imported yet")
+    cleaned.add_argument("--days", type=float, metavar="N", help="jobs that ended longer ago (default: the backend's limit)")
+    cleaned.add_argument("--limit", type=float, metavar="GB", help="until no more than this is used (default: the backend's limit)")
+    cleaned.add_argument("--dry-run", action="store_true", help="only say what would go")
+    for action, command in ((shown, _show_store), (cleaned, _clean_store)):
+        action.add_argument("--json", action="store_true", help="print it as JSON")
+        action.set_defaults(command=command)
+
     keys = commands.add_parser("keys", help="the keys that let clients in")
     rotate = keys.add_subparsers(required=True, metavar="ACTION").add_parser(
         "rotate", help="make new keys: copies of the connection file let nobody in any more, and open connections end"
@@ -338,6 +349,41 @@ def _start(path: Path, workers: int = 1) -> Any:
         time.sleep(0.05)
     last = log.read_text(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
     raise KilnError("unavailable", f"The backend did not start: {last[0]}", f"Its log is {log}; `kiln doctor` checks this machine.")
+
+
+def _show_store(given: argparse.Namespace) -> int:
+    with _connect(given, start=True) as client:
+        found = client.store()
+    found = {key: found[key] for key in ("folder", "bytes", "limit", "days", "jobs", "untaken", "unfinished")}
+    if given.json:
+        print(json.dumps(found, indent=1))
+        return DONE
+    print(found["folder"])
+    for name, size in found["bytes"].items():
+        print(f"  {name:<12} {size_text(size)}")
+    limit = size_text(found["limit"]) if found["limit"] is not None else "none"
+    age = f"{found['days']:g} days" if found["days"] is not None else "none"
+    print(f"  limit        {limit} (KILN_STORE_GB), age of ended jobs {age} (KILN_STORE_DAYS)")
+    print(f"  jobs         {', '.join(f'{count} {state}' for state, count in sorted(found['jobs'].items())) or 'none'}")
+    for name, words in (("unfinished", "wait or run"), ("untaken", "are done and were not fetched or imported yet")):
+        if found[name]["jobs"]:
+            print(f"  stays        {len(found[name]['jobs'])} jobs that {words}, {size_text(found[name]['bytes'])}")
+    return DONE
+
+
+def _clean_store(given: argparse.Namespace) -> int:
+    with _connect(given, start=True) as client:
+        gone = client.clean_store(
+            bytes=None if given.limit is None else int(given.limit * 1e9),
+            seconds=None if given.days is None else given.days * 86400,
+            dry_run=given.dry_run,
+        )
+    if given.json:
+        print(json.dumps({key: gone[key] for key in ("jobs", "stages", "freed")}, indent=1))
+    else:
+        would = "would go" if given.dry_run else "went"
+        print(f"{len(gone['jobs'])} jobs and {gone['stages']} finished stages {would}, about {size_text(gone['freed'])}")
+    return DONE
 
 
 def _rotate_keys(given: argparse.Namespace) -> int:
@@ -577,6 +623,7 @@ def _fetch(client: Any, job: dict[str, Any], folder: Path, bar: _Bar) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         client.download(result["hash"], target)
         bar.say(f"{target}  {size_text(result['size'])}")
+    client.take(job["id"])
 
 
 def _as_failure(job: dict[str, Any]) -> KilnError:

@@ -145,7 +145,7 @@ def named(items: Iterable[Item]) -> list[Item]:
 def safe_name(text: str) -> str:
     """A name that is a file name on Linux, Windows and macOS and needs no quotes in a shell."""
     name = re.sub(r"[^\w.-]+", "_", unicodedata.normalize("NFC", text)).strip("._- ")[:LONGEST_NAME].rstrip("._-")
-    return f"{name}_" if _RESERVED.match(name) else name or "asset"
+    return f"asset_{name}" if _RESERVED.match(name) else name or "asset"
 
 
 def parse(parameter: recipes.Parameter, text: str) -> Any:
@@ -321,10 +321,12 @@ def _item(number: int, where: str, file: Path, entry: dict[str, Any], defaults: 
     merged = {**defaults, **entry}
     recipe = overrides.recipe or merged.get("recipe", "")
     item = Item(
-        number, where, file, "", recipe, overrides.preset or merged.get("preset", PRESET), pattern=merged.get("name", ""),
+        number, where, file, "", recipe, overrides.preset or merged.get("preset", PRESET),
         object=merged.get("object", ""), collection=merged.get("collection", ""),
     )  # fmt: skip
     try:
+        _check_pattern(merged.get("name", ""))
+        item = dataclasses.replace(item, pattern=merged.get("name", ""))
         kind = kind_of(file)
         recipe = recipe or _usual(kind, file)
         wanted = recipes.recipe_named(recipe).INPUT
@@ -336,7 +338,6 @@ def _item(number: int, where: str, file: Path, entry: dict[str, Any], defaults: 
             raise KilnError("bad-manifest", f"`object` and `collection` are for .blend files; {file.name} is one asset.", "Leave them out.")
         if item.object and item.collection:
             raise KilnError("bad-manifest", "An item has `object` or `collection`, not both.", "Make two items of it.")
-        _check_pattern(item.pattern)
         known = {parameter.name: parameter for parameter in recipes.parameters(recipes.RECIPES[recipe])}
         own = _flat(entry.get("parameters", {}))
         if texts:
@@ -400,8 +401,14 @@ def _check_overrides(overrides: Overrides) -> None:
         known = [p for recipe in found for p in recipes.parameters(recipe) if p.name == name]
         if not known:
             raise KilnError("bad-parameter", f"No recipe has a parameter {name!r}.", "`kiln run RECIPE --help` lists them.")
-        if len(known) == 1:  # others may allow what one refuses
-            known[0].check(parse(known[0], text))
+        refusals = []
+        for parameter in known:
+            try:
+                parameter.check(parse(parameter, text))
+            except KilnError as error:
+                refusals.append(error)
+        if len(refusals) == len(known):  # what one recipe allows is a matter of the items
+            raise refusals[0]
 
 
 def _check_pattern(pattern: str) -> None:

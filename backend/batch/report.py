@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from backend.batch import items
+from backend.disk import size_text
 from protocol import VERSION, picture
 
 FIGURES = (
@@ -159,7 +160,8 @@ def _card(number: int, item: dict[str, Any]) -> str:
     psnr = figures.get("mesh_psnr")
     facts = [
         (f"{figures['faces']:,}".replace(",", "\u202f"), "faces") if figures.get("faces") else None,
-        (f"{psnr:.1f}", "dB") if psnr is not None else None,
+        (size_text(figures["glb_bytes"]), "") if figures.get("glb_bytes") else None,
+        (f"{psnr:.1f} dB", '<abbr title="PSNR of the mesh on views that the fit had not seen">alike</abbr>') if psnr is not None else None,
         (duration(seconds), "") if seconds else None,
     ]
     origin = (Path(item["file"]).name, item["object"], f"{item['recipe']}, {item['preset']}")
@@ -168,10 +170,13 @@ def _card(number: int, item: dict[str, Any]) -> str:
     state = states.get(item["state"], f"{item['stage'] or item['state']} {100 * item['fraction']:.0f}%")
     links = ""
     if item["state"] == "done":
-        folder = quote(name)
-        files = (("mesh.glb", "GLB"), ("comparison.png", "comparison"), ("report.json", "figures"))
-        links = " ".join(f'<a href="{folder}/{file}">{label}</a>' for file, label in files)
+        files = {
+            "mesh.glb": "GLB", "game.glb": "game GLB", f"{name}.fbx": "FBX", "comparison.png": "comparison", "report.json": "figures",
+        }  # fmt: skip
+        there = {file: label for file, label in files.items() if (Path(item["folder"]) / file).is_file()}
+        links = " ".join(f'<a href="{quote(name)}/{quote(file)}">{label}</a>' for file, label in there.items())
     warnings = "".join(f"<li>{_text(text)}</li>" for text in item["warnings"])
+    notes = "".join(f"<p>{_text(text)}</p>" for text in item["notes"])
     low = f'<li class="low">{psnr:.1f} dB on views that the fit had not seen: compare the pictures.</li>' if _is_low(item) else ""
     return (
         f'<article class="{kind}" data-name="{_text(name.lower())}" data-number="{number}" data-seconds="{seconds:.0f}"'
@@ -180,7 +185,8 @@ def _card(number: int, item: dict[str, Any]) -> str:
         f'<p class="from">{_text(" · ".join(filter(None, origin)))}</p>'
         f'<p class="facts">{"".join(f"<span><b>{value}</b> {unit}</span>" for value, unit in filter(None, facts))}'
         f"{f'<em>{_text(state)}</em>' if state else ''}</p>"
-        f"{f'<ul>{low}{warnings}</ul>' if warnings or low else ''}<p class=links>{links}</p></article>"
+        f"{f'<ul>{low}{warnings}</ul>' if warnings or low else ''}{f'<details><summary>Notes</summary>{notes}</details>' if notes else ''}"
+        f'<p class="links">{links}</p></article>'
     )
 
 

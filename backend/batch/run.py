@@ -591,8 +591,8 @@ class Batch:
                     "name": work.item.name, "file": str(work.item.file), "object": (work.item.subject or {}).get("name", ""),
                     "recipe": work.item.recipe, "preset": work.item.preset, "state": work.state, "stage": work.stage,
                     "fraction": round(work.fraction, 3), "text": work.text, "attempts": work.attempts,
-                    "error": work.error.to_wire() if work.error else None, "warnings": work.warnings, "notes": work.notes, "folder": str(work.folder.results),
-                    "seconds": work.seconds, "figures": work.figures, "earlier": work.is_old,
+                    "error": work.error.to_wire() if work.error else None, "warnings": work.warnings, "notes": work.notes,
+                    "folder": str(work.folder.results), "seconds": work.seconds, "figures": work.figures, "earlier": work.is_old,
                 }
                 for work in self.works
             ],
