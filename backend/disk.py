@@ -25,7 +25,9 @@ def no_space(folder: Path, needed: int = 0, limit: int | None = None) -> KilnErr
     wanted = f" for {size_text(needed)} more" if needed else ""
     if limit is not None:
         return KilnError(
-            "no-space", f"The store {folder} has no room{wanted}: its limit is {size_text(limit)}.", "Remove old jobs, or raise the limit."
+            "no-space",
+            f"The store {folder} has no room{wanted}: its limit is {size_text(limit)}.",
+            "Import or remove finished jobs (`kiln store show` lists them), or raise the limit, KILN_STORE_GB.",
         )
     return KilnError(
         "no-space",

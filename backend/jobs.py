@@ -45,10 +45,10 @@ STARTING = 3  # times as long while it may still load libraries
 KEPT = {"progress": 1000, "log": 1000, "preview": 20}  # newest events of a job that stay for a replay
 STAGE_BYTES = int(float(os.environ.get("KILN_STAGES_GB", "20")) * 1e9)  # finished stages kept on disk
 
-_ENDED = ("done", "failed", "cancelled")
+ENDED = ("done", "failed", "cancelled")
 _WIRE = (
     "id", "recipe", "parameters", "title", "source", "state", "stage", "fraction", "text", "created", "started", "finished", "attempts",
-    "error", "results", "inputs",
+    "error", "results", "inputs", "taken",
 )  # fmt: skip
 
 
@@ -81,6 +81,7 @@ class Jobs:
         self._closing = False
         self._complained = ""
         self._thread: threading.Thread | None = None
+        self.housekeeping: Callable[[], Any] = lambda: None  # called every ten minutes from this object's own thread
         self._recover()
 
     # -- For the server, from any thread ------------------------------------------------------------------------------------------
@@ -138,7 +139,7 @@ class Jobs:
             job: dict[str, Any] = {
                 "id": secrets.token_hex(6), "recipe": recipe, "parameters": parameters, "title": str(title)[:200], "source": source,
                 "state": "queued", "stage": "", "fraction": 0.0, "text": "", "created": time.time(), "started": None, "finished": None,
-                "attempts": 0, "error": None, "results": {}, "inputs": dict(inputs),
+                "attempts": 0, "error": None, "results": {}, "inputs": dict(inputs), "taken": None,
                 "request": request_id, "position": self._last_position() + 1, "deaths": 0, "restarts": 0,
             }  # fmt: skip
             self._jobs[job["id"]], self._numbers[job["id"]] = job, 0
@@ -194,6 +195,16 @@ class Jobs:
                 self._wake()
             return _wire(job)
 
+    def take(self, id: str) -> dict[str, Any]:
+        """Notes that a client has what it wants of a done job's results: from here on they may go (housekeeping.py)."""
+        with self._lock:
+            job = self._find(id)
+            if job["state"] != "done":
+                raise KilnError("bad-state", f"Job {id} is {job['state']}.", "Results are there when it is done.")
+            if job["taken"] is None:
+                self._save(job, taken=time.time())
+            return _wire(job)
+
     def remove(self, id: str) -> None:
         """Forgets a job that does not run, with its events and every artifact that no other job refers to."""
         with self._lock:
@@ -206,7 +217,7 @@ class Jobs:
     def idle(self) -> bool:
         """Whether no job waits or runs."""
         with self._lock:
-            return all(job["state"] in _ENDED for job in self._jobs.values())
+            return all(job["state"] in ENDED for job in self._jobs.values())
 
     def release(self) -> None:
         """Workers give back what memory networks hold between jobs; one that runs a job, after it."""
@@ -221,7 +232,7 @@ class Jobs:
 
     def _recover(self) -> None:
         for job in self.store.load_jobs():
-            self._jobs[job["id"]] = job
+            self._jobs[job["id"]] = job = {"taken": None, **job}  # a table of 0.1.0 has jobs without it
             self._requests[job["request"]] = job["id"]
             self._numbers[job["id"]] = self.store.last_number(job["id"])
             if job["state"] == "cancelling":
@@ -291,7 +302,7 @@ class Jobs:
         """An hour after a job's end nobody replays its progress."""
         with self._lock:
             for job in self._jobs.values():
-                if job["state"] in _ENDED and not job.get("thinned") and time.time() - (job["finished"] or 0) > 3600:
+                if job["state"] in ENDED and not job.get("thinned") and time.time() - (job["finished"] or 0) > 3600:
                     for kind in KEPT:
                         self.store.thin_events(job["id"], kind, 1)
                     self._save(job, thinned=True)
@@ -329,6 +340,7 @@ class Jobs:
                 if now >= next_housekeeping:
                     next_housekeeping = now + 600
                     self._forget_progress()
+                    self.housekeeping()
             except Exception as error:
                 self._complain(error)
         for slot in self._slots:

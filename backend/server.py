@@ -27,8 +27,8 @@ from typing import Any
 import zmq
 from zmq.utils import z85
 
-from backend import disk
-from backend.jobs import Jobs
+from backend import disk, housekeeping
+from backend.jobs import ENDED, Jobs
 from backend.pulls import Pulls
 from backend.store import Store, Upload, check_hash
 from protocol import VERSION, messages
@@ -50,7 +50,6 @@ CHUNKS = 64  # of all uploads, and of all downloads, that may be on their way to
 UNSENT = 2000  # answers kept for a client whose pipe is full, nearly all of them refusals
 PIPE = 64  # messages on their way to one client, and from it
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-ENDED = ("done", "failed", "cancelled")
 
 log = logging.getLogger("kiln")
 
@@ -160,6 +159,11 @@ class Server:
             self.store = Store(self.home / "store")
             opened.callback(self.store.close)
             self.jobs = Jobs(self.store, self._listen, workers=workers)
+            self._limits = housekeeping.Limits.of_environment()
+            self.jobs.housekeeping = lambda: housekeeping.clean(self.jobs, self._limits)
+            if self._limits.bytes < sys.maxsize:
+                self.store.quota = self._limits.bytes
+                self.store.make_room = lambda needed: housekeeping.make_room(self.jobs, self._limits, needed)
             self.pulls = Pulls()
             opened.callback(self.pulls.close)
             self._pool = ThreadPoolExecutor(4, "requests")
@@ -741,7 +745,7 @@ class Server:
 
     def _job(self, session: _Session, to: str, header: dict[str, Any], blob: zmq.Frame | None) -> None:
         job = take(header, "job", str)
-        action = {"job": self.jobs.get, "cancel": self.jobs.cancel, "retry": self.jobs.retry}[header["type"]]
+        action = {"job": self.jobs.get, "cancel": self.jobs.cancel, "retry": self.jobs.retry, "take": self.jobs.take}[header["type"]]
         self._answer_from(self._pool, session, to, lambda: {"job": action(job)})
 
     def _remove(self, session: _Session, to: str, header: dict[str, Any], blob: zmq.Frame | None) -> None:
@@ -819,6 +823,16 @@ class Server:
         else:
             change = {"weights.cancel": self.pulls.cancel, "weights.remove": self.pulls.remove}[kind]
             self._answer_from(self._pool, session, to, lambda: {"entry": change(entry)})
+
+    def _show_store(self, session: _Session, to: str, header: dict[str, Any], blob: zmq.Frame | None) -> None:
+        self._answer_from(self._pool, session, to, lambda: housekeeping.show(self.jobs, self._limits))
+
+    def _clean_store(self, session: _Session, to: str, header: dict[str, Any], blob: zmq.Frame | None) -> None:
+        limits = housekeeping.Limits(
+            count(header, "bytes", 0, sys.maxsize, self._limits.bytes), float(take(header, "seconds", (float, int), self._limits.seconds))
+        )
+        dry_run = take(header, "dry_run", bool, False)
+        self._answer_from(self._pool, session, to, lambda: housekeeping.clean(self.jobs, limits, dry_run))
 
     def _ask_to_rotate(self, session: _Session, to: str, header: dict[str, Any], blob: zmq.Frame | None) -> None:
         log.info("%s asked for new keys.", session.name)
@@ -957,10 +971,11 @@ class Server:
         self._end_download(session, take(header, "download", int))
 
     _REQUESTS = {
-        "ping": _ping, "status": _status, "submit": _submit, "jobs": _list, "job": _job, "cancel": _job, "retry": _job, "remove": _remove,
+        "ping": _ping, "status": _status, "submit": _submit, "jobs": _list, "job": _job, "cancel": _job, "retry": _job, "take": _job,
+        "remove": _remove,
         "events": _events, "subscribe": _subscribe, "missing": _missing, "upload": _upload, "finish": _finish, "download": _download,
         "weights": _weights, "weights.pull": _change_weights, "weights.cancel": _change_weights, "weights.remove": _change_weights,
-        "release": _release, "rotate": _ask_to_rotate, "shutdown": _shutdown,
+        "store": _show_store, "clean": _clean_store, "release": _release, "rotate": _ask_to_rotate, "shutdown": _shutdown,
     }  # fmt: skip
     _UNANSWERED = {"chunk": _take_chunk, "credit": _credit, "stop": _stop_download}
 

@@ -23,7 +23,7 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ RESERVE = 8_000_000  # bytes that stay free for the job table
 BALLAST = 2_000_000  # bytes given back to a full disk so that the table can still say that it is full
 WANTED_SECONDS = 3600.0  # an artifact that no job refers to yet stays this long after a client asked for it or sent it
 PART_SECONDS = 7 * 86400.0  # an unfinished upload stays this long
+COUNTED_SECONDS = 10.0  # for which the bytes used are taken as counted, with what was let in since
 CHUNK = 1 << 20
 
 _HASH = re.compile("[0-9a-f]{64}")
@@ -75,6 +76,8 @@ class Store:
         self.lock = threading.RLock()
         self._depth = 0
         self._wanted: dict[str, float] = {}
+        self._counted, self._counted_at = 0, float("-inf")  # bytes used, and when that was looked up
+        self.make_room: Callable[[int], None] = lambda needed: None  # asked before bytes are refused because of the quota
         self._uploading: set[Path] = set()
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         with disk.full_disk_named(self.root):
@@ -183,12 +186,33 @@ class Store:
         """`KilnError("no-space")` unless `needed` more bytes fit beside what the job table needs."""
         if shutil.disk_usage(self.root).free < needed + RESERVE:
             raise disk.no_space(self.root, needed)
-        if self.quota is not None and self.used() + needed > self.quota:
-            raise disk.no_space(self.root, needed, self.quota)
+        if self.quota is None:
+            return
+        if time.monotonic() - self._counted_at > COUNTED_SECONDS or self._counted + needed > self.quota:
+            self._count()
+        if self._counted + needed > self.quota:
+            self.make_room(needed)
+            self._count()
+            if self._counted + needed > self.quota:
+                raise disk.no_space(self.root, needed, self.quota)
+        self._counted += needed
+
+    def _count(self) -> None:
+        self._counted, self._counted_at = self.used(), time.monotonic()
 
     def used(self) -> int:
         """Bytes of artifacts, unfinished uploads and stages."""
         return sum(size_of(folder) for folder in (self.artifacts, self.uploads, self.stages))
+
+    def own_bytes(self) -> dict[str, int]:
+        """Of each job, the bytes of the artifacts that no other job refers to."""
+        with self.lock:
+            rows = self._database.execute("SELECT MIN(job), hash FROM refs GROUP BY hash HAVING COUNT(DISTINCT job) = 1").fetchall()
+        found: dict[str, int] = {}
+        for job, hash in rows:
+            with contextlib.suppress(OSError):
+                found[job] = found.get(job, 0) + self._path(hash).stat().st_size
+        return found
 
     def _path(self, hash: str) -> Path:
         check_hash(hash)

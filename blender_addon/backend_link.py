@@ -413,6 +413,9 @@ class Link(threading.Thread):
     def _order_retry(self, ticket: int, job: str) -> None:
         self._client.retry(job)
 
+    def _order_take(self, ticket: int, job: str) -> None:
+        self._client.take(job)
+
     def _order_remove(self, ticket: int, job: str) -> None:
         self._client.remove(job)
 

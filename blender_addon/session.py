@@ -280,6 +280,7 @@ class Session:
         for number in [*table.again, *table.replaced]:
             table.keep(number)
             self.show_view(job, number)
+        self._took(job)
         return made
 
     def remove(self, job: Job) -> None:
@@ -314,7 +315,12 @@ class Session:
         job.wants_import, job.asked, job.motion = False, False, None
         shutil.rmtree(job.results, ignore_errors=True)  # the backend keeps them; the file has its own copy now
         job.results = None
+        self._took(job)
         return imported
+
+    def _took(self, job: Job) -> None:
+        """The backend may let go of the job's files when it needs room."""
+        self.ask("take", lambda result, error: None, job=job.data["id"])  # an older backend knows no such thing, and keeps them
 
     # Listening
 

@@ -169,6 +169,10 @@ class Client:
     def retry(self, id: str) -> dict[str, Any]:
         return _job(self._request("retry", job=id)["job"])
 
+    def take(self, id: str) -> dict[str, Any]:
+        """Tells the backend that this client has what it wants of a done job's results: they may go when room is needed."""
+        return _job(self._request("take", job=id)["job"])
+
     def remove(self, id: str) -> None:
         tries = []
 
@@ -185,6 +189,14 @@ class Client:
     def shutdown(self, now: bool = True) -> None:
         """Ends the backend: now, and what runs resumes at its next start; or when nothing is queued or running."""
         self._request("shutdown", mode="now" if now else "idle")
+
+    def store(self) -> dict[str, Any]:
+        """What the backend keeps on its disk (SPEC.md, Housekeeping)."""
+        return self._request("store")
+
+    def clean_store(self, bytes: int | None = None, seconds: float | None = None, dry_run: bool = False) -> dict[str, Any]:
+        """Makes these limits hold, the backend's own where they are None, as far as its rules allow; what went, or would."""
+        return self._request("clean", bytes=bytes, seconds=seconds, dry_run=dry_run)
 
     def rotate_keys(self) -> None:
         """Makes the backend take new keys. Every connection ends, this one too; connection files of before let nobody in any more."""

@@ -313,8 +313,9 @@ def test_going_on_is_the_same_job_with_what_is_wanted_of_its_views(viewed, quiet
         bpy.ops.kiln.reroll_view(job="a", view=view)
     bpy.ops.kiln.replace_view(job="a", view=1, filepath=str(tmp_path / "mine.png"))
     made = session.current.go_on(viewed, only)
-    order, values, _ = quiet_session[-1]
+    order, values, _ = quiet_session[-2]
     assert (order, values["base"], list(values["inputs"])) == ("submit", "a", ["replace_001.png"])
+    assert quiet_session[-1][:2] == ("take", {"job": "a"})
     assert values["without"] == ("replace_001.", "replace_003.", "replace_006.")
     before = viewed.data["parameters"]
     assert values["values"] == {**before, "generate.rerolls": "3 3 6", "generate.only": only}
