@@ -25,6 +25,7 @@ from protocol import picture, recipes
 from protocol.errors import KilnError
 
 MODELS = (".blend", ".glb", ".gltf", ".obj", ".fbx", ".usd", ".usda", ".usdc", ".usdz", ".ply", ".stl")  # Blender imports these
+WITH_TEXTURES = (".blend", ".gltf", ".obj", ".fbx", ".usd", ".usda", ".usdc")  # whose pictures are files beside them, or below
 PRESET = "standard"
 LONGEST_NAME = 80  # characters, so that OUT/<name>/<file> stays below what Windows takes
 TAKEN_NAMES = ("thumbnails", "cancel", "index", "report")  # in the folder of results
@@ -167,7 +168,7 @@ def parse(parameter: recipes.Parameter, text: str) -> Any:
 
 
 def _assets_in(folder: Path, out: Path, say: Callable[[str], None]) -> list[Path]:
-    """Every asset below the folder, in the order of their paths. Pictures beside models are taken to be their textures."""
+    """Every asset below the folder, in the order of their paths. Pictures beside or below models are taken to be their textures."""
     out, found, textures = Path(os.path.abspath(out)), [], 0
     with_models: list[Path] = []
     for place, folders, files in os.walk(folder):
@@ -177,7 +178,7 @@ def _assets_in(folder: Path, out: Path, say: Callable[[str], None]) -> list[Path
             found.append(here)
             folders.clear()
             continue
-        if any(name.lower().endswith(MODELS) for name in files):
+        if any(name.lower().endswith(WITH_TEXTURES) for name in files):
             with_models.append(here)
         is_textures = any(here == one or one in here.parents for one in with_models) or here.name.lower() in ("textures", "texture", "maps")
         for name in sorted(files):
