@@ -151,6 +151,13 @@ def take(report: Report, file: str, folder: str, recipe: str, values: dict | Non
     }
 
 
+def _show(scene: bpy.types.Scene) -> None:
+    """Makes a scene the one that is open: in others, nothing is evaluated after a file was read, and all stands at the origin."""
+    for window in bpy.context.window_manager.windows:
+        window.scene = scene
+    scene.view_layers[0].update()
+
+
 def _chosen(path: Path, subject: dict | None) -> tuple[bpy.types.Scene, list[bpy.types.Object] | bpy.types.Collection]:
     """The scene and the objects or the collection that a subject of `list_subjects` names; all that has a surface where none is named."""
     kind = (subject or {}).get("kind", "file")
@@ -159,6 +166,7 @@ def _chosen(path: Path, subject: dict | None) -> tuple[bpy.types.Scene, list[bpy
         return scene, importers.surfaces(path, scene)
     for scene, thing in _everything(kind):
         if thing.name == subject["name"] and subject.get("scene", scene.name) == scene.name:
+            _show(scene)
             return scene, thing if kind == "collection" else [thing]
     raise KilnError("no-object", f"{path.name} has no {kind} {subject['name']!r}.", "")
 

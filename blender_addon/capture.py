@@ -627,7 +627,8 @@ def _shows_something(path: Path) -> bool:
 
 
 def _render(scene: bpy.types.Scene, path: Path) -> None:
-    scene.render.filepath = str(path)
+    # From 4.5 on, braces in this path stand for variables.
+    scene.render.filepath = str(path) if bpy.app.version < (4, 5, 0) else str(path).replace("{", "{{").replace("}", "}}")
     path.unlink(missing_ok=True)
     try:
         outcome = bpy.ops.render.render(write_still=True, scene=scene.name)

@@ -43,6 +43,20 @@ def _open(path: str) -> None:
     bpy.ops.wm.open_mainfile(filepath=path, load_ui=False, use_scripts=False)
 
 
+def _ply(path: str) -> None:
+    """Blender's reader ends the process where a count in the header is none, and makes points of Gaussian splats."""
+    with open(path, "rb") as file:
+        header = file.read(1 << 20).partition(b"end_header")[0].decode("latin-1")
+    counts = re.findall(r"^element[ \t]+\S+[ \t]+(.*?)[ \t\r]*$", header, re.MULTILINE)
+    if not header.startswith("ply") or not counts or len(counts) != len(re.findall(r"^element", header, re.MULTILINE)):
+        raise ValueError("its header is no PLY header")
+    if not all(re.fullmatch(r"\d{1,9}", count) for count in counts):
+        raise ValueError("a count in its header is no number")
+    if re.search(r"^property \S+ f_dc_0\b", header, re.MULTILINE):
+        raise KilnError("bad-file", f"{Path(path).name} holds Gaussian splats and no mesh.", "Use the recipe mesh_splats.")
+    _import("wm.ply_import")(path)
+
+
 _gltf = _import("import_scene.gltf", disable_bone_shape=True)
 _usd = _import("wm.usd_import")
 
@@ -55,7 +69,7 @@ IMPORTERS: dict[str, Callable[[str], None]] = {
     ".usda": _usd,
     ".usdc": _usd,
     ".usdz": _usd,
-    ".ply": _import("wm.ply_import"),
+    ".ply": _ply,
     ".stl": _import("wm.stl_import"),
     ".blend": _open,
 }
