@@ -173,7 +173,7 @@ def test_an_item_gives_the_same_bytes_first_and_later(blender, files, tmp_path):
 
 
 def several(path):
-    """Two chairs, a table, a camera, one hidden thing, a text that is in two collections of which one is empty, and a scene in centimetres."""
+    """Two chairs, a table, a camera, one hidden thing, two collections of which one is empty, and a cup in a scene in centimetres."""
     fresh()
     for number, name in enumerate(["Chair", "Chair [old]", "Table"]):
         wedge(name, at=(2 * number, 0, 0))
@@ -262,6 +262,7 @@ def test_textures_that_are_missing_are_named_and_do_not_stop_it(blender, tmp_pat
         assert "paint.png is missing" in warning
 
 
+PLY = b"ply\nformat ascii 1.0\nelement vertex 2\nproperty float x\nproperty float y\nproperty float z\n%send_header\n"
 BROKEN = {
     "a.xyz": (b"what", "of no kind that can be imported.*glb"),
     "gone.glb": (None, "no file"),
@@ -271,7 +272,8 @@ BROKEN = {
     "garbage.obj": (bytes(range(256)) * 4, "cannot be read|no surface"),
     "garbage.blend": (b"BLENDER-v999" + bytes(200), "cannot be read.*open"),
     "garbage.ply": (b"ply\nformat ascii 1.0\nelement", "cannot be read|no surface"),
-    "points.ply": (b"ply\nformat ascii 1.0\nelement vertex 2\nproperty float x\nproperty float y\nproperty float z\nend_header\n0 0 0\n1 1 1\n", "no faces"),
+    "points.ply": (PLY % b"" + b"0 0 0\n1 1 1\n", "no faces"),
+    "splats.ply": (PLY % b"property float f_dc_0\n" + b"0 0 0 1\n1 1 1 0\n", "splats.*mesh_splats"),
 }  # fmt: skip
 
 
@@ -323,7 +325,8 @@ def test_of_what_moves_the_longest_clip_is_captured_and_the_job_is_told_its_fram
 def test_splats_in_a_blend_go_out_as_they_stand(blender, tmp_path):
     random = np.random.default_rng(0)
     points = splat_files.Points(
-        means=random.normal(size=(40, 3)), scales=np.full((40, 3), 0.05, np.float32), quaternions=np.tile(np.float32([1, 0, 0, 0]), (40, 1)),
+        means=random.normal(size=(40, 3)), scales=np.full((40, 3), 0.05, np.float32),
+        quaternions=np.eye(4, dtype=np.float32)[np.zeros(40, int)],
         colors=random.random((40, 3)).astype(np.float32), opacities=np.full(40, 0.8, np.float32),
     )  # fmt: skip
     thing = splat_nodes.make_object("Cloud", points)
@@ -479,11 +482,8 @@ def tree(path):
     models = {one.props[1].split(b"\0")[0].decode(): one for one in part[b"Objects"].elems if one.id == b"Model"}
     numbers = {one.props[0]: name for name, one in models.items()}
     links = [(numbers.get(link.props[1]), numbers.get(link.props[2])) for link in part[b"Connections"].elems]
-    groups = [
-        one.props[1].split(b"\0")[0].decode()
-        for one in part[b"Objects"].elems
-        if one.id == b"NodeAttribute" and one.props[2] == b"LodGroup"
-    ]
+    kinds = [one.props for one in part[b"Objects"].elems if one.id == b"NodeAttribute"]
+    groups = [props[1].split(b"\0")[0].decode() for props in kinds if props[2] == b"LodGroup"]
     return properties(part[b"GlobalSettings"]), {name: properties(one) for name, one in models.items()}, links, groups
 
 
