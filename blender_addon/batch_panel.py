@@ -202,14 +202,15 @@ class Batches:
         wanted, self.wanted = list(self.wanted), set()
         for id, name in wanted[:PICTURES]:
             picture = self.all[id].pictures.get(name) if id in self.all else None
-            if picture and f"{id}/{name}" not in found:
-                found.load(f"{id}/{name}", str(picture), "IMAGE").image_size[:]
+            if picture and f"{id}/{picture.name}" not in found:
+                found.load(f"{id}/{picture.name}", str(picture), "IMAGE").image_size[:]
         return bool(wanted)
 
     def icon(self, batch: Batch, name: str) -> int:
         """Blender's icon number of an item's thumbnail; 0 until it is loaded."""
-        found = session.current.pictures.get(f"{batch.id}/{name}")
-        if found is None and name in batch.pictures:
+        picture = batch.pictures.get(name)
+        found = session.current.pictures.get(f"{batch.id}/{picture.name}") if picture else None
+        if picture and found is None:
             self.wanted.add((batch.id, name))
         return found.icon_id if found else 0
 
@@ -412,9 +413,9 @@ class KILN_OT_resume_batch(BatchOperator, bpy.types.Operator):
         if batch.active:
             raise KilnError("already-running", f"{batch.order.title} is at work.", "Wait for its end.")
         if bpy.app.background:
-            batches.finish(batch)
+            batches.finish(batch, again=True)
         else:
-            batches.start(batch)
+            batches.start(batch, again=True)
         known.refresh()
 
 
@@ -504,7 +505,7 @@ class KILN_UL_batch_items(bpy.types.UIList):
         if told["state"] == "computing":
             right.label(text=f"{told['stage'] or 'Starting'} {told['fraction'] or 0:.0%}")
         elif told["state"] == "done":
-            right.label(text="", icon="ERROR" if told["warnings"] else "CHECKMARK")
+            right.label(text="", icon="INFO" if told["warnings"] else "CHECKMARK")
         else:
             right.label(text=WORDS[told["state"]])
 

@@ -70,7 +70,7 @@ class Batch:
     report: dict | None  # report.json; None until there is one of the process that was started last
     state: str  # "starting", "running", "interrupted", "done", "failed" or "cancelled"
     said: str = ""  # the end of its log, where it was interrupted
-    pictures: dict[str, Path] = field(default_factory=dict)  # of items, by name
+    pictures: dict[str, Path] = field(default_factory=dict)  # of items, by name: of the result, before of the source
 
     @property
     def items(self) -> list[dict]:
@@ -233,11 +233,12 @@ def blender() -> list[str]:
     return ["--blender", bpy.app.binary_path or sys.executable]
 
 
-def start(batch: Batch) -> subprocess.Popen:
-    """Starts or takes up a batch: finished items are not made again. The process goes on when Blender closes."""
+def start(batch: Batch, again: bool = False) -> subprocess.Popen:
+    """Starts or takes up a batch: finished items are not made again; with `again`, what failed is. The process outlives Blender."""
     order = batch.order
     library = ["--library", order.library] if order.library else []
-    command, environment = kiln(["batch", order.manifest, "--out", order.out, *blender(), *library, *order.options])
+    failed = ["--retry-failed"] if again else []
+    command, environment = kiln(["batch", order.manifest, "--out", order.out, *blender(), *library, *order.options, *failed])
     if sys.platform == "win32":
         apart = {"creationflags": subprocess.CREATE_NO_WINDOW | subprocess.CREATE_NEW_PROCESS_GROUP}
     else:
@@ -254,9 +255,9 @@ def start(batch: Batch) -> subprocess.Popen:
     return process
 
 
-def finish(batch: Batch, progress: Callable[[dict], None] | None = None) -> dict:
+def finish(batch: Batch, progress: Callable[[dict], None] | None = None, again: bool = False) -> dict:
     """Starts a batch, waits for its end and returns its report: for scripts. Ctrl-C cancels it. Raises KilnError."""
-    process, shown = start(batch), None
+    process, shown = start(batch, again), None
     try:
         while process.poll() is None:
             time.sleep(0.1)
@@ -344,9 +345,10 @@ def look(folder: Path) -> Batch | None:
         state = told if told in OVER else "interrupted"
     pictures = {}
     for item in (report or {}).get("items", ()):
-        picture = out / "thumbnails" / f"{item['name']}.png"
-        if picture.is_file():
-            pictures[item["name"]] = picture
+        for which in ("result", "source"):
+            if (picture := out / "thumbnails" / f"{item['name']}.{which}.png").is_file():
+                pictures[item["name"]] = picture
+                break
     return Batch(folder.name, folder, order, report, state, tail(folder / "log.txt") if state == "interrupted" else "", pictures)
 
 

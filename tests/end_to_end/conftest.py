@@ -3,6 +3,7 @@ that KILN_BACKEND_PYTHON names, or in .venv/backend."""
 
 import importlib.util
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -27,6 +28,17 @@ def backend_python():
     if not python.exists():
         pytest.fail(f"No backend environment at {python}: `python build.py setup` makes one.")
     return python
+
+
+@pytest.fixture(scope="session")
+def blender_user(tmp_path_factory):
+    """The user folder of a Blender that has the extension installed, as its own process finds it: bl_ext.user_default.kiln."""
+    from bl_ext.kiln_test.kiln import session
+
+    folder = tmp_path_factory.mktemp("user")
+    target = folder / "extensions" / "user_default" / "kiln"
+    shutil.copytree(Path(session.__file__).parent, target, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
 
 
 @pytest.fixture(scope="module")

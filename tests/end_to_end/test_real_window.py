@@ -174,3 +174,27 @@ def test_the_zip_installed_in_a_real_window_generates_and_imports_in_one_undo_st
     assert seen["after_redo"] == seen["collections"]
     assert seen["quads"] > 0.95 and seen["retextured"]
     assert seen["scene"] == ["Scene", "Scene"]
+
+
+def test_the_zip_installed_in_a_real_blender_is_a_command_of_its_terminal(tmp_path, backend_python, request):
+    command = blender_command()
+    extension = os.environ.get("KILN_ZIP") or request.getfixturevalue("extension_zip")
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("PYTEST", "PYTHON"))},
+        "KILN_HOME": str(tmp_path / "home"), "KILN_BACKEND_PYTHON": str(backend_python), "PYTHONPATH": str(ROOT),
+        "BLENDER_USER_RESOURCES": str(tmp_path / "user"),
+    }  # fmt: skip
+    (tmp_path / "user").mkdir()
+
+    def blender(*words, code=0):
+        line = [*command, "--command", *map(str, words)]
+        run = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        assert run.returncode == code, run.stdout[-3000:] + run.stderr[-3000:]
+        return run.stdout + run.stderr
+
+    blender("extension", "install-file", "-r", "user_default", "--enable", extension)
+    (tmp_path / "broken.glb").write_text("not a model")
+    assert "broken.glb cannot be read" in blender("kiln", "run", tmp_path / "broken.glb", "--out", tmp_path / "out", code=1)
+    assert "--out" in blender("kiln", "run", tmp_path / "broken.glb", code=2)
+    assert "surface.faces" in blender("kiln", "run", "--help")
+    assert "broken" in blender("kiln", "batch", tmp_path, "--out", tmp_path / "out", code=1)
