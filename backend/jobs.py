@@ -429,8 +429,8 @@ class Jobs:
         inputs = {name: [str(self.store.artifacts / hash[:2] / hash), hash] for name, hash in job["inputs"].items()}
         slot.send(
             {
-                "command": "run", "job": job["id"], "recipe": job["recipe"], "parameters": job["parameters"], "inputs": inputs,
-                "folder": str(folder), "stages": str(self.store.stages), "stages_bytes": STAGE_BYTES,
+                "command": "run", "job": job["id"], "title": job["title"], "recipe": job["recipe"], "parameters": job["parameters"],
+                "inputs": inputs, "folder": str(folder), "stages": str(self.store.stages), "stages_bytes": STAGE_BYTES,
             }
         )  # fmt: skip
 

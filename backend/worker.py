@@ -1,8 +1,8 @@
 """`python -m backend.worker`: the process that computes. It takes commands from jobs.py on its standard input and reports on its standard
 output, as frames of a 4-byte length (big-endian) and a msgpack map; what libraries print goes to its standard error, a log file.
 
-In: `run` (job, recipe, parameters, inputs: name -> [path, hash], folder, stages, stages_bytes), `cancel` (job), `release` (give back what
-memory networks hold between jobs; after the job that runs), `quit`. Out: `ready`,
+In: `run` (job, title, recipe, parameters, inputs: name -> [path, hash], folder, stages, stages_bytes), `cancel` (job), `release` (give back
+what memory networks hold between jobs; after the job that runs), `quit`. Out: `ready`,
 `device`, `warm` once it has compiled ahead, `alive` every 2 s, and for a job: `stage`, `progress`, `preview` (PNG), `log`, then one of `done` (results:
 names), `failed` (error), `cancelled`. The process ends by itself when its standard input closes: it never outlives the server.
 """
@@ -212,7 +212,7 @@ def compute(command: dict[str, Any], reports: Reports, cancelled: Callable[[], b
     try:
         from backend.pipelines.run import Run  # numpy and more: not before the server has its answer
 
-        run = Run(Path(command["stages"]), reports, cancelled, command["stages_bytes"])
+        run = Run(Path(command["stages"]), reports, cancelled, command["stages_bytes"], command.get("title", ""))
         run.begin("Read inputs")
         inputs, results = folder / "inputs", folder / "results"
         results.mkdir(parents=True, exist_ok=True)

@@ -389,7 +389,7 @@ class Game:
         " 0.5 0.2 0.1; empty: where the level's error is a pixel of 1080.",
         True,
     )
-    hulls: int = _number(16, 0, 64, "Convex collision hulls, at most; as few as come within a tenth of the volume.")
+    hulls: int = _number(16, 0, 64, "Convex collision hulls, at most; fewer where these come within a twentieth of the volume.")
     pivot: str = _choice("base", PIVOTS, "What lies at the origin.")
     up: str = _choice("y", UPS, "Which axis of the file points up.", True)
     scale: float = _number(1.0, 0.0001, 10_000.0, "Units of the file for a metre.", advanced=True)
@@ -401,6 +401,25 @@ class Game:
         " while they fit.",
         advanced=True,
     )
+
+
+def lod_sizes(game: Game) -> list[float]:
+    """The shares of the screen's height at which each level ends (0: never), by `game.lod_sizes`; empty if it is. Raises
+    `KilnError("bad-parameter")`."""
+    words = game.lod_sizes.replace(",", " ").replace(";", " ").split()
+    if not words:
+        return []
+    try:
+        sizes = [float(word) for word in words]
+    except ValueError:
+        sizes = []
+    falling = all(one > other for one, other in zip(sizes, sizes[1:]))
+    if len(sizes) not in (game.lods, game.lods + 1) or not falling or not all(0 <= one <= 1 for one in sizes):
+        allowed = (
+            f"{game.lods} falling numbers from 0 to 1, one where each next level of game.lods begins, and one more for the last's end."
+        )
+        raise KilnError("bad-parameter", f"game.lod_sizes cannot be {game.lod_sizes!r}.", f"Allowed: {allowed}")
+    return sizes if len(sizes) > game.lods else [*sizes, 0.0]
 
 
 @dataclass(frozen=True)
@@ -554,7 +573,10 @@ def make(name: str, values: dict[str, Any] | None = None, preset: str = "standar
         groups.setdefault(group, {})[inner] = known[flat_name].check(value)
     top = groups.pop("", {})
     defaults: dict[str, Any] = {entry.name: entry.default for entry in dataclasses.fields(recipe)}
-    return recipe(**top, **{group: dataclasses.replace(defaults[group], **inner) for group, inner in groups.items()})
+    made = recipe(**top, **{group: dataclasses.replace(defaults[group], **inner) for group, inner in groups.items()})
+    if hasattr(made, "game"):
+        lod_sizes(made.game)
+    return made
 
 
 def values(recipe: Any) -> dict[str, Any]:

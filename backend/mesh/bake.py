@@ -19,6 +19,7 @@ from scipy.spatial import cKDTree
 from backend.mesh import raster
 from backend.mesh.cloud import cloud, surface_points
 from backend.mesh.mesh import AnimatedMesh, Mesh, MovingMesh, TexturedMesh
+from backend.mesh.near import triangles
 from backend.mesh.raster import linear_from_srgb, srgb_from_linear
 from backend.mesh.tangents import tangents
 from backend.mesh.unwrap import unwrap
@@ -45,6 +46,7 @@ NEIGHBOURS = 200_000  # seen texels among which an unseen one finds its nearest
 CLEAR = 250  # 255ths: opacity from which on a texel counts as opaque
 SPECK = 1e-4  # share of the texture that may be less: errors at outlines
 FAINT = 1 / 255  # linear light below which nothing glows
+TEXELS = 50_000  # looked up on the dense surface at a time
 MOST_PIXELS = 30_000_000  # of a moving subject's views that are looked at
 
 
@@ -63,7 +65,7 @@ def bake(mesh: Mesh, splats: Splats | None, views: Views, p: recipes.Texture, pr
     Texels that no view saw take the colour of the splats around them, or of the nearest seen texel where there are no splats; the material
     of the nearest seen texel; and the mesh's own normal.
     """
-    seen = views.for_fitting
+    seen, p = views.for_fitting, replace(p, size=recipes.pixels(p))
     return _bake(mesh, _Poses(mesh.vertices[None], np.zeros(len(seen), np.int64)), splats, seen, p, progress)[0]
 
 
@@ -74,6 +76,7 @@ def bake_in_time(
 
     Of many views those at rest are looked at, and as many of the others, drawn from all moments and cameras, as make up MOST_PIXELS.
     """
+    p = replace(p, size=recipes.pixels(p))
     fitted = ~views.views.holdout
     used = fitted & (views.time == moving.rest)
     others = np.flatnonzero(fitted & ~used)
@@ -187,6 +190,34 @@ def _maps(
         strength = max(1.0, float(solved["emission"].max()))
         made = replace(made, emission=_coded(srgb_from_linear(atlas.spread(solved["emission"] / strength))), emission_strength=strength)
     return made
+
+
+def with_normals(mesh: TexturedMesh, dense: Mesh, progress: Progress = silent) -> TexturedMesh:
+    """The mesh with a normal map of `dense`, the surface that it was decimated from, closed, in the same frame.
+
+    A texel takes the smooth normal where the line along its own one meets the dense surface, in a cage twice as far as that lies from 99 of
+    100 texels; the nearest place's where it meets none.
+    """
+    progress(0.0, "Laying the normal map out")
+    split, faces, turned = tangents(mesh.vertices, mesh.normals, mesh.uv, mesh.faces)
+    vertices, normals, uv = (np.ascontiguousarray(values[split]) for values in (mesh.vertices, mesh.normals, mesh.uv))
+    atlas = _lay_out(Mesh(vertices, faces), normals, uv, len(mesh.base_color))
+    near, smooth = triangles(dense), vertex_normals(dense)
+    found = np.empty((len(atlas.position), 3), np.float32)
+    parts = np.array_split(np.arange(len(found)), max(1, len(found) // TEXELS))
+    cage = 2 * float(np.quantile(near.nearest(atlas.position[:: max(1, len(found) // TEXELS)])[0], 0.99)) if len(found) else 0.0
+    for number, part in enumerate(parts):
+        progress(number / len(parts), "Looking the dense surface up")
+        place, direction = atlas.position[part], atlas.direction[part]
+        face, weights = near.along(place, direction, cage)
+        missed = np.flatnonzero(face < 0)
+        if len(missed):
+            _, face[missed], weights[missed] = near.nearest(place[missed])
+        found[part] = (smooth[near.faces[face]] * weights[..., None]).sum(1)
+    found /= np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+    frame = raster.tangent_frame(normals, turned, atlas.corners, atlas.weights)
+    coded = _coded(atlas.spread(_tangent_space(found, frame)) / 2 + 0.5)
+    return replace(mesh, vertices=vertices, normals=normals, uv=uv, faces=faces, tangents=turned, normal_map=coded)
 
 
 def _between(progress: Callable[..., None], first: float, last: float, *text: str) -> Callable[[float], None]:

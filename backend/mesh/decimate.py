@@ -34,12 +34,12 @@ def decimate(mesh: Mesh, faces: int, progress: Progress = silent) -> Mesh:
     vertices, triangles = mesh.vertices.astype(np.float64), mesh.faces.astype(np.int32)
     centre = vertices.mean(0)
     vertices -= centre
-    quadrics = _quadrics(vertices, triangles)
+    quadrics = plane_quadrics(vertices, triangles)
     left = len(triangles)
     while left > WHOLE * faces:
         progress(1 - left / len(mesh.faces), "Decimating")
-        alive, first, following = _connect(triangles, len(vertices))
-        edges = _edges(triangles)
+        alive, first, following = connect(triangles, len(vertices))
+        edges = edges_of(triangles)
         costs = _costs(quadrics, vertices, edges)
         count = min(int(ROUND * len(edges)), len(edges) - 1)
         cheap = np.flatnonzero(costs <= np.partition(costs, count)[count])
@@ -49,20 +49,20 @@ def decimate(mesh: Mesh, faces: int, progress: Progress = silent) -> Mesh:
         triangles = triangles[alive]
         if left > 0.98 * before:  # what is cheap cannot go
             break
-    alive, first, following = _connect(triangles, len(vertices))
-    _collapse_cheapest(_edges(triangles), faces, vertices, triangles, quadrics, alive, first, following)
+    alive, first, following = connect(triangles, len(vertices))
+    _collapse_cheapest(edges_of(triangles), faces, vertices, triangles, quadrics, alive, first, following)
     used, index = np.unique(triangles[alive], return_inverse=True)
     return Mesh((vertices[used] + centre).astype(np.float32), index.reshape(-1, 3).astype(np.int32))
 
 
 @kernel
-def _quadrics(vertices, faces):
+def plane_quadrics(vertices, faces):
     """Each vertex's squared distance to the planes of its faces, weighted by their areas."""
     quadrics = np.zeros((len(vertices), 10))
     for f in range(len(faces)):
         a = faces[f, 0]
         x, y, z = vertices[a, 0], vertices[a, 1], vertices[a, 2]
-        nx, ny, nz, _ = _normal(vertices, faces[f, 1], faces[f, 2], x, y, z)
+        nx, ny, nz, _ = area_normal(vertices, faces[f, 1], faces[f, 2], x, y, z)
         size = np.sqrt(nx * nx + ny * ny + nz * nz)
         if size > 0:
             nx, ny, nz = nx / size, ny / size, nz / size
@@ -83,7 +83,7 @@ def _quadrics(vertices, faces):
 
 
 @kernel
-def _connect(faces, count):
+def connect(faces, count):
     """Which faces live (all), and each vertex's corners (3 * face + corner) as chains: the first, and the one after each."""
     first, following = np.full(count, -1, np.int32), np.full(3 * len(faces), -1, np.int32)
     for f in range(len(faces)):
@@ -94,7 +94,7 @@ def _connect(faces, count):
 
 
 @kernel
-def _edges(faces):
+def edges_of(faces):
     """Every edge once: a closed surface has it in either direction."""
     edges, count = np.empty((3 * len(faces), 2), np.int32), 0
     for f in range(len(faces)):
@@ -161,7 +161,7 @@ def _best_place(quadrics, vertices, a, b):
 
 
 @kernel
-def _around(v, first, following, faces, alive, found):
+def corners_at(v, first, following, faces, alive, found):
     """The live corners (3 * face + corner) at a vertex, and their number; forgets dead ones on the way."""
     count, previous, corner = 0, -1, first[v]
     while corner >= 0:
@@ -181,7 +181,7 @@ def _around(v, first, following, faces, alive, found):
 
 
 @kernel
-def _normal(vertices, b, c, x, y, z):
+def area_normal(vertices, b, c, x, y, z):
     """Twice the area vector of the triangle of a place and two vertices."""
     ux, uy, uz = vertices[b, 0] - x, vertices[b, 1] - y, vertices[b, 2] - z
     vx, vy, vz = vertices[c, 0] - x, vertices[c, 1] - y, vertices[c, 2] - z
@@ -190,15 +190,15 @@ def _normal(vertices, b, c, x, y, z):
 
 
 @kernel
-def _turns(vertices, faces, corners, count, other, x, y, z):
+def turns(vertices, faces, corners, count, other, x, y, z):
     """Whether moving a vertex to a place turns one of its faces over or makes it needle-thin; faces that hold `other` vanish."""
     for n in range(count):
         f, k = corners[n] // 3, corners[n] % 3
         a, b, c = faces[f, k], faces[f, (k + 1) % 3], faces[f, (k + 2) % 3]
         if b == other or c == other:
             continue
-        px, py, pz, _ = _normal(vertices, b, c, vertices[a, 0], vertices[a, 1], vertices[a, 2])
-        qx, qy, qz, longest = _normal(vertices, b, c, x, y, z)
+        px, py, pz, _ = area_normal(vertices, b, c, vertices[a, 0], vertices[a, 1], vertices[a, 2])
+        qx, qy, qz, longest = area_normal(vertices, b, c, x, y, z)
         side = (vertices[b, 0] - vertices[c, 0]) ** 2 + (vertices[b, 1] - vertices[c, 1]) ** 2 + (vertices[b, 2] - vertices[c, 2]) ** 2
         fresh = np.sqrt(qx * qx + qy * qy + qz * qz)
         turned = px * qx + py * qy + pz * qz < TURN * fresh * np.sqrt(px * px + py * py + pz * pz)
@@ -208,12 +208,9 @@ def _turns(vertices, faces, corners, count, other, x, y, z):
 
 
 @kernel
-def _collapse(a, b, vertices, faces, quadrics, alive, first, following, at_a, at_b):
-    """Moves vertex a to the edge's best place and b into it; returns how many faces vanish, 0 if the surface forbids it."""
-    around_a, around_b = _around(a, first, following, faces, alive, at_a), _around(b, first, following, faces, alive, at_b)
-    if around_a + around_b > VALENCE:
-        return 0
-    # The link condition: a and b share their edge's two opposite vertices and no other neighbour
+def linked(a, b, faces, at_a, around_a, at_b, around_b):
+    """Whether edge a, b may be collapsed: both ends share its two opposite vertices and no other neighbour (the link condition), and are no
+    corners of a tetrahedron, as small as a closed surface gets."""
     shared_faces, shared, c, d = 0, 0, -1, -1
     for n in range(around_a):
         f, k = at_a[n] // 3, at_a[n] % 3
@@ -227,8 +224,8 @@ def _collapse(a, b, vertices, faces, quadrics, alive, first, following, at_a, at
                 if faces[at_b[m] // 3, (at_b[m] % 3 + 1) % 3] == following_one:
                     shared += 1
     if shared_faces != 2 or shared != 2 or c < 0 or d < 0 or c == d:
-        return 0
-    for n in range(around_a):  # a tetrahedron is as small as a closed surface gets
+        return False
+    for n in range(around_a):
         f, k = at_a[n] // 3, at_a[n] % 3
         s, t = faces[f, (k + 1) % 3], faces[f, (k + 2) % 3]
         if (s == c and t == d) or (s == d and t == c):
@@ -236,9 +233,20 @@ def _collapse(a, b, vertices, faces, quadrics, alive, first, following, at_a, at
                 g, j = at_b[m] // 3, at_b[m] % 3
                 u, w = faces[g, (j + 1) % 3], faces[g, (j + 2) % 3]
                 if (u == c and w == d) or (u == d and w == c):
-                    return 0
+                    return False
+    return True
+
+
+@kernel
+def _collapse(a, b, vertices, faces, quadrics, alive, first, following, at_a, at_b):
+    """Moves vertex a to the edge's best place and b into it; returns how many faces vanish, 0 if the surface forbids it."""
+    around_a, around_b = corners_at(a, first, following, faces, alive, at_a), corners_at(b, first, following, faces, alive, at_b)
+    if around_a + around_b > VALENCE:
+        return 0
+    if not linked(a, b, faces, at_a, around_a, at_b, around_b):
+        return 0
     _, x, y, z = _best_place(quadrics, vertices, a, b)
-    if _turns(vertices, faces, at_a, around_a, b, x, y, z) or _turns(vertices, faces, at_b, around_b, a, x, y, z):
+    if turns(vertices, faces, at_a, around_a, b, x, y, z) or turns(vertices, faces, at_b, around_b, a, x, y, z):
         return 0
     for n in range(around_b):
         corner = at_b[n]
@@ -278,7 +286,7 @@ def _collapse_cheapest(edges, target, vertices, faces, quadrics, alive, first, f
         left -= lost
         version[a] += 1
         version[b] = -(2**30)  # no sum fits it any more
-        for n in range(_around(a, first, following, faces, alive, at_a)):
+        for n in range(corners_at(a, first, following, faces, alive, at_a)):
             # Its neighbours' costs do not change with a's place, only the edges at a
             other = faces[at_a[n] // 3, (at_a[n] % 3 + 1) % 3]
             low, high = min(a, other), max(a, other)

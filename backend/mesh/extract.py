@@ -40,7 +40,14 @@ SKIN = 1.6  # deviations of a Gaussian by which its surface lies before its cent
 
 
 def extract(splats: Splats, views: Views, p: recipes.Surface, progress: Progress = silent) -> Mesh:
-    """The surface of the subject, unit frame. Uses the views that may be fitted alone; splats only where the views have no depth.
+    """The surface of the subject with at most `p.faces` triangles: `dense` and `decimate` in one."""
+    surface = dense(splats, views, p, lambda done, text="", preview=None: progress(0.85 * done, text))
+    return decimate(surface, p.faces, lambda done, text="", preview=None: progress(0.85 + 0.15 * done, text))
+
+
+def dense(splats: Splats, views: Views, p: recipes.Surface, progress: Progress = silent) -> Mesh:
+    """The surface of the subject as the grid has it, unit frame. Uses the views that may be fitted alone; splats only where the views have
+    no depth.
 
     Raises `KilnError("no-surface")` if there is none.
     """
@@ -65,30 +72,29 @@ def extract(splats: Splats, views: Views, p: recipes.Surface, progress: Progress
 
     progress(0.2, "Carving")
     density = None if exact else _density_in_blocks(splats, origin, cell)
-    field = carve(looks, origin, cell, shape, lambda done, text="", preview=None: progress(0.2 + 0.4 * done, text), slack, density)
-    progress(0.6, "Keeping thin parts")
+    field = carve(looks, origin, cell, shape, lambda done, text="", preview=None: progress(0.2 + 0.5 * done, text), slack, density)
+    progress(0.7, "Keeping thin parts")
     if exact:
         carved = dataclasses.replace(field, index=field.index.copy(), blocks=field.blocks.copy())
         places = (points - origin.astype(np.float32)) / np.float32(cell)
         thin = keep_thin(field, looks, places, normals)
         cores = (points[thin] - normals[thin] * radii[thin, None] - origin) / cell
 
-    progress(0.7, "Marching cubes")
+    progress(0.8, "Marching cubes")
     surface = march(field.blocks, field.places, field.shape, STEPS)
     if len(surface.faces) == 0:
         raise KilnError("no-surface", "No surface was found.", "Check the views' alpha and depth, or raise surface.grid.")
-    progress(0.75, "Removing floaters")
+    progress(0.87, "Removing floaters")
     surface = drop_pieces(surface, p.smallest_piece)
-    progress(0.8, "Smoothing")
+    progress(0.92, "Smoothing")
     surface = smooth(surface, p.smoothing)
     if exact and seen.normals is None and thin.any():
         surface = _slim(surface, carved, cores, radii[thin] / cell)
     surface = Mesh((surface.vertices * cell + origin).astype(np.float32), surface.faces)
     if seen.normals is not None and exact:
-        progress(0.82, "Settling on the surface points")
+        progress(0.95, "Settling on the surface points")
         surface = settle(surface, cloud(points, normals, cell))
-    progress(0.85, "Decimating")
-    return decimate(surface, p.faces, lambda done, text="", preview=None: progress(0.85 + 0.15 * done, text))
+    return surface
 
 
 def _splat_depth(splats: Splats, seen: Views, progress: Progress) -> tuple[Float[np.ndarray, "v h w"], float]:
@@ -170,7 +176,7 @@ def _stamp(index, blocks, centres):
 
 
 def _slim(mesh: Mesh, carved: Field, cores: Float[np.ndarray, "n 3"], radii: Float[np.ndarray, "n"]) -> Mesh:
-    """Draws the parts that `_keep_thin` added, fat as the grid makes them, in to their own thickness around their cores (cells)."""
+    """Draws the parts that `keep_thin` added, fat as the grid makes them, in to their own thickness around their cores (cells)."""
     vertices = mesh.vertices.astype(np.float64)
     outside = lookups(carved.index, carved.blocks, vertices)
     moved = np.flatnonzero(outside > 0.1)

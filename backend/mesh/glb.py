@@ -1,11 +1,12 @@
 """glTF 2.0 binary files (Khronos, glTF 2.0 specification): one mesh and one metallic-roughness material with its textures inside, at
-rest or moving, by morph targets or by a skin (protocol/SPEC.md, "Results of animate")."""
+rest or moving, by morph targets or by a skin (protocol/SPEC.md, "Results of animate"), or with levels of detail and hulls."""
 
 from __future__ import annotations
 
 import io
 import json
 import struct
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from scipy.spatial.transform import Rotation
 
-from backend.mesh.mesh import AnimatedMesh, Rig, TexturedMesh
+from backend.mesh.lods import Level
+from backend.mesh.mesh import AnimatedMesh, Mesh, Rig, TexturedMesh
 from backend.mesh.raster import linear_from_srgb
 from backend.views.views import Frame
 
@@ -22,6 +24,7 @@ ROUGHNESS = 0.6  # what the views do not tell
 COMPONENTS = {"f4": 5126, "u4": 5125, "u2": 5123, "u1": 5121}
 VERTICES, INDICES = 34962, 34963
 CUT_OUT = 0.25  # share of the texels that are not opaque: with fewer half-clear ones than that, opacity is a stencil
+LEVELS = "MSFT_lod"
 STRENGTH = "KHR_materials_emissive_strength"
 LINEAR, LINEAR_MIPMAP_LINEAR, CLAMP = 9729, 9987, 33071
 Y_UP = Rotation.from_rotvec([-np.pi / 2, 0, 0])  # what _y_up does
@@ -120,9 +123,61 @@ def save_armature(path: Path, mesh: AnimatedMesh, rig: Rig, frame: Frame, name: 
     _write(path, document, binary)
 
 
+def save_game(
+    path: Path, mesh: TexturedMesh, levels: Mapping[str, Level], sizes: Sequence[float], hulls: Mapping[str, Mesh], material: str
+) -> None:
+    """Writes an engine's file: levels of detail and collision hulls by their names, all without a place of their own (vertices metres or
+    whatever the file counts in, Z up), one material. `mesh` gives its textures.
+
+    The first level names the others in MSFT_lod and `sizes`, where each ends, in MSFT_screencoverage; they are no part of the scene, so
+    that a reader that does not know this shows the first alone.
+    """
+    binary = _Binary()
+    look, used = _material(mesh, material, binary)
+    bodies, nodes, scene = [], [], []
+    mapped = mesh.normal_map is not None and mesh.tangents is not None
+    for name, level in levels.items():
+        primitive = {**_primitive(level, level.tangents if mapped else None, 1.0, binary), "material": 0}
+        bodies.append({"name": name, "primitives": [primitive]})
+    for name, hull in hulls.items():
+        bodies.append({"name": name, "primitives": [_bare(hull, binary)]})
+    for number, body in enumerate(bodies):
+        nodes.append({"name": body["name"], "mesh": number})
+        if number == 0 or number >= len(levels):
+            scene.append(number)
+    if len(levels) > 1:
+        used.append(LEVELS)
+        nodes[0] |= {"extensions": {LEVELS: {"ids": list(range(1, len(levels)))}}, "extras": {"MSFT_screencoverage": list(sizes)}}
+    document = _document(bodies, look, used, binary)
+    document["scenes"] = [{"nodes": scene}]
+    document["nodes"] = nodes
+    _write(path, document, binary)
+
+
 def _still(mesh: TexturedMesh, frame: Frame, name: str, binary: _Binary) -> dict[str, Any]:
     """The document of a mesh with its material, but for nodes and scenes."""
-    positions = _y_up(mesh.vertices.astype(np.float64) / frame.scale).astype("<f4")
+    mapped = mesh.normal_map is not None and mesh.tangents is not None
+    primitive = _primitive(mesh, mesh.tangents if mapped else None, frame.scale, binary)
+    material, used = _material(mesh, name, binary)
+    return _document([{"name": name, "primitives": [{**primitive, "material": 0}]}], material, used, binary)
+
+
+def _document(meshes: list[dict[str, Any]], material: dict[str, Any], used: list[str], binary: _Binary) -> dict[str, Any]:
+    return {
+        "asset": {"version": "2.0", "generator": "Kiln"},
+        **({"extensionsUsed": used} if used else {}),
+        "scene": 0,
+        "scenes": [],
+        "nodes": [],
+        "meshes": meshes,
+        "materials": [material],
+        "textures": [{"sampler": 0, "source": number} for number in range(len(binary.images))],
+        "samplers": [{"magFilter": LINEAR, "minFilter": LINEAR_MIPMAP_LINEAR, "wrapS": CLAMP, "wrapT": CLAMP}],
+    }
+
+
+def _primitive(mesh: TexturedMesh | Level, tangents: Float[np.ndarray, "n 4"] | None, scale: float, binary: _Binary) -> dict[str, Any]:
+    positions = _y_up(mesh.vertices.astype(np.float64) / scale).astype("<f4")
     bounds = {"min": positions.min(0).tolist(), "max": positions.max(0).tolist()}
     attributes = {
         "POSITION": binary.accessor(positions, "VEC3", VERTICES, **bounds),
@@ -130,22 +185,19 @@ def _still(mesh: TexturedMesh, frame: Frame, name: str, binary: _Binary) -> dict
         # glTF's origin is the upper left
         "TEXCOORD_0": binary.accessor(np.stack([mesh.uv[:, 0], 1 - mesh.uv[:, 1]], 1).astype("<f4"), "VEC2", VERTICES),
     }
-    if mesh.normal_map is not None and mesh.tangents is not None:
-        tangents = np.concatenate([_y_up(mesh.tangents[:, :3]), mesh.tangents[:, 3:]], 1)
-        attributes["TANGENT"] = binary.accessor(tangents.astype("<f4"), "VEC4", VERTICES)
+    if tangents is not None:
+        turned = np.concatenate([_y_up(tangents[:, :3]), tangents[:, 3:]], 1)
+        attributes["TANGENT"] = binary.accessor(turned.astype("<f4"), "VEC4", VERTICES)
     indices = binary.accessor(mesh.faces.reshape(-1).astype("<u4"), "SCALAR", INDICES)
-    material, used = _material(mesh, name, binary)
-    return {
-        "asset": {"version": "2.0", "generator": "Kiln"},
-        **({"extensionsUsed": used} if used else {}),
-        "scene": 0,
-        "scenes": [],
-        "nodes": [],
-        "meshes": [{"name": name, "primitives": [{"attributes": attributes, "indices": indices, "material": 0}]}],
-        "materials": [material],
-        "textures": [{"sampler": 0, "source": number} for number in range(len(binary.images))],
-        "samplers": [{"magFilter": LINEAR, "minFilter": LINEAR_MIPMAP_LINEAR, "wrapS": CLAMP, "wrapT": CLAMP}],
-    }
+    return {"attributes": attributes, "indices": indices}
+
+
+def _bare(mesh: Mesh, binary: _Binary) -> dict[str, Any]:
+    """A shape that is not drawn."""
+    positions = _y_up(mesh.vertices.astype(np.float64)).astype("<f4")
+    bounds = {"min": positions.min(0).tolist(), "max": positions.max(0).tolist()}
+    place = binary.accessor(positions, "VEC3", VERTICES, **bounds)
+    return {"attributes": {"POSITION": place}, "indices": binary.accessor(mesh.faces.reshape(-1).astype("<u4"), "SCALAR", INDICES)}
 
 
 def _write(path: Path, document: dict[str, Any], binary: _Binary) -> None:
@@ -216,7 +268,7 @@ def _material(mesh: TexturedMesh, name: str, binary: _Binary) -> tuple[dict[str,
     surface: dict[str, Any] = {"baseColorTexture": binary.texture(color, f"{name} base color")}
     if mesh.material is None:
         surface |= {"metallicFactor": 0.0, "roughnessFactor": ROUGHNESS}
-    elif (value := _constant(mesh.material)) is not None:
+    elif (value := constant(mesh.material)) is not None:
         surface |= {"roughnessFactor": round(value[0] / 255, 4), "metallicFactor": round(value[1] / 255, 4)}
     else:  # red is free for occlusion: white is none
         packed = np.dstack([np.full_like(mesh.material[..., 0], 255), mesh.material])
@@ -226,7 +278,7 @@ def _material(mesh: TexturedMesh, name: str, binary: _Binary) -> tuple[dict[str,
     if mesh.normal_map is not None and mesh.tangents is not None:
         material["normalTexture"] = binary.texture(mesh.normal_map, f"{name} normal")
     if mesh.emission is not None:
-        value = _constant(mesh.emission)
+        value = constant(mesh.emission)
         if value is None:
             material |= {"emissiveTexture": binary.texture(mesh.emission, f"{name} emission"), "emissiveFactor": [1.0, 1.0, 1.0]}
         else:
@@ -241,7 +293,7 @@ def _material(mesh: TexturedMesh, name: str, binary: _Binary) -> tuple[dict[str,
     return material, used
 
 
-def _constant(pixels: UInt8[np.ndarray, "h w c"]) -> Float[np.ndarray, "c"] | None:
+def constant(pixels: UInt8[np.ndarray, "h w c"]) -> Float[np.ndarray, "c"] | None:
     """The mean value of a map whose pixels differ by rounding alone."""
     flat = pixels.reshape(-1, pixels.shape[-1])
     return flat.mean(0) if (np.ptp(flat, axis=0) <= 2).all() else None

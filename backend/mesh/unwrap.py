@@ -7,11 +7,6 @@ alive to report and to be cancelled. Large meshes are split in space first, as t
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
-import tempfile
-import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +16,7 @@ from scipy.sparse import coo_matrix, diags
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import splu
 
+from backend.mesh.aside import answer, aside
 from backend.mesh.mesh import Mesh
 from backend.progress import Progress, silent
 from protocol.errors import KilnError
@@ -66,36 +62,9 @@ def _within(progress: Progress, first: float, last: float) -> Progress:
 
 def _aside(given: dict[str, Any], progress: Progress) -> list[np.ndarray]:
     """`_cut` in a process of its own."""
-    with tempfile.TemporaryDirectory(prefix="kiln-") as folder:
-        told, cut, said = Path(folder, "given.npz"), Path(folder, "cut.npz"), Path(folder, "said.txt")
-        np.savez(told, **given)
-        with said.open("wb") as log:
-            command = [sys.executable, "-m", "backend.mesh.unwrap", str(told), str(cut)]
-            process = subprocess.Popen(
-                command,
-                cwd=Path(__file__).parents[2],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),  # Windows: no console flashes up
-            )
-            started = time.monotonic()
-            try:
-                while process.poll() is None:
-                    progress(1 - math.exp(-(time.monotonic() - started) * FACES_A_SECOND / len(given["faces"])))
-                    try:
-                        process.wait(0.3)
-                    except subprocess.TimeoutExpired:
-                        pass
-            finally:  # also when `progress` raised Cancelled
-                if process.poll() is None:
-                    process.kill()
-                process.wait()
-        if process.returncode != 0:
-            last = said.read_text(errors="replace").strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
-            raise KilnError("internal", f"Cutting the surface into charts failed: {last[0]}.", "Try fewer faces (surface.faces).")
-        with np.load(cut, allow_pickle=False) as arrays:
-            return [arrays[name] for name in RESULTS]
+    seconds, what, hint = len(given["faces"]) / FACES_A_SECOND, "Cutting the surface into charts", "Try fewer faces (surface.faces)."
+    found = aside("backend.mesh.unwrap", given, seconds, what, hint, progress)
+    return [found[name] for name in RESULTS]
 
 
 def _folded(uv: Float[np.ndarray, "n 2"], faces: Int[np.ndarray, "f 3"], label: Int[np.ndarray, "f"], size: int) -> Int[np.ndarray, "c"]:
@@ -306,6 +275,4 @@ def _run(points, faces, size, padding, source=None, flat=None, cut=None, chart=N
 
 
 if __name__ == "__main__":
-    with np.load(sys.argv[1], allow_pickle=False) as arrays:
-        found = _run(**arrays)
-    np.savez(sys.argv[2], **found)
+    answer(_run)

@@ -13,14 +13,22 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from backend.mesh import glb, raster
+from backend.mesh.bake import with_normals
+from backend.mesh.decimate import decimate
+from backend.mesh.extract import dense, extract
+from backend.mesh.game import GameAsset, asset_name, budgeted, shortfalls
+from backend.mesh.hulls import hulls
+from backend.mesh.lods import budgets, levels
 from backend.mesh.measure import angle, charts, psnr
-from backend.mesh.mesh import TexturedMesh
+from backend.mesh.mesh import Mesh, TexturedMesh
+from backend.pipelines.run import Run
 from backend.progress import Progress, silent
 from backend.splats import ply, spz
 from backend.splats.model import Splats
 from backend.splats.render import render
 from backend.views.cameras import look_at
 from backend.views.views import Frame, Views
+from protocol import recipes
 
 SHOWN = 6  # columns of the comparison picture
 PAPER = np.array([0.22, 0.22, 0.22], np.float32)  # behind the subject in pictures for people
@@ -44,17 +52,43 @@ class Asset:
     frame: Frame
     scores: Scores
     report: dict[str, Any]
+    game: GameAsset | None = None
 
     def save(self, folder: Path) -> None:
-        """Every result: mesh.glb (metres, Y up), splats.ply (3DGS layout, metres, Z up), splats.spz (metres, Y up), report.json,
-        comparison.png, preview.png."""
+        """Every result: mesh.glb (metres, Y up), game.glb if it was asked for, splats.ply (3DGS layout, metres, Z up), splats.spz (metres,
+        Y up), report.json, comparison.png, preview.png."""
         glb.save(folder / "mesh.glb", self.mesh, self.frame, "mesh")
         ply.save(folder / "splats.ply", self.splats, self.frame)
         spz.save(folder / "splats.spz", self.splats, self.frame)
         Image.fromarray(self.scores.comparison).save(folder / "comparison.png")
         Image.fromarray(self.scores.preview).save(folder / "preview.png")
         report = {**self.report, **self.scores.figures}
+        if self.game is not None:
+            report["game"] = self.game.save(folder / "game.glb", self.frame)
         (folder / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
+
+
+def surfaces(run: Run, splats: Splats | None, views: Views, p: recipes.Surface, game: recipes.Game) -> tuple[Mesh, Mesh | None]:
+    """The surface with the faces asked for, and the dense one that it was decimated from where a normal map is to be made of that."""
+    if game.engine == "none" or views.normals is not None:
+        return run.stage("Extract surface", extract, splats, views, p), None
+    whole = run.stage("Extract surface", dense, splats, views, p)
+    return run.stage("Decimate", decimate, whole, p.faces), whole
+
+
+def game_ready(run: Run, surface: Mesh, mesh: TexturedMesh, whole: Mesh | None, p: recipes.Game, seed: int = 0) -> GameAsset | None:
+    """What game.glb holds, or None where none is asked for. surface: the mesh without texture and seams. whole: as `surfaces` gives it."""
+    if p.engine == "none":
+        return None
+    if whole is not None:
+        mesh = run.stage("Bake normals", with_normals, mesh, whole)
+    mesh, warnings = budgeted(mesh, p.channels)
+    chain = run.stage("Levels of detail", levels, mesh, budgets(len(mesh.faces), p.lod_ratio, p.lods)) if p.lods else []
+    found = run.stage("Collision hulls", hulls, surface, p.hulls, seed) if p.hulls else None
+    warnings += shortfalls(found, p.hulls)
+    for sentence in warnings:
+        run.log(sentence)
+    return GameAsset(mesh, chain, found, p, asset_name(p.name, run.title), warnings)
 
 
 def measure(mesh: TexturedMesh, splats: Splats, views: Views, progress: Progress = silent) -> Scores:

@@ -17,12 +17,11 @@ from backend.diffusion.matte import matte, prepare, straight, way
 from backend.diffusion.text_to_image import draw
 from backend.diffusion.turntable import AS_THEY_COME, Turn, Weights, generate, refine, reroll
 from backend.mesh.bake import bake
-from backend.mesh.extract import extract
 from backend.mesh.measure import psnr
 from backend.mesh.mesh import TexturedMesh
 from backend.mesh.refine import refine as refine_surface
 from backend.nets import elevation
-from backend.pipelines.asset import Asset, measure
+from backend.pipelines.asset import Asset, game_ready, measure, surfaces
 from backend.pipelines.picture_asset import PictureAsset, TurntableAsset
 from backend.pipelines.run import Run
 from backend.splats.fit import runs_on_cuda
@@ -108,15 +107,17 @@ def from_views(
     run.begin("Take pictures")
     side = min(FINEST, max(256, 2 * views.images.shape[1]))
     looks = pictures(solid, views.frame, recipes.Look(LOOKS, side), run.progress)
-    surface = run.stage("Extract surface", extract, solid, looks, p.surface)
+    surface, whole = surfaces(run, solid, looks, p.surface, p.game)
     if p.refine.on:  # appendix A.5
+        whole = None  # the views have moved the surface away from it
         device = "cuda" if runs_on_cuda(p.fit.device) else "cpu"
         surface = run.stage("Refine the surface", refine_surface, surface, splats, views, p.refine, p.surface.faces, p.seed, device)
     mesh = run.stage("Bake texture", bake, surface, solid, looks, p.texture)
     scores = run.stage("Measure", measure, mesh, splats, views)
+    game = game_ready(run, surface, mesh, whole, p.game, p.seed)
     report = {**run.report(p), "evaluations": turn.evaluations if turn else 0, "agreement": agreement, "orbit": told(orbit)}
     frame = views.frame if orbit is None else standing(mesh, p.placing.size)
-    return PictureAsset(Asset(mesh, splats, frame, scores, report), views)
+    return PictureAsset(Asset(mesh, splats, frame, scores, report, game), views)
 
 
 def the_picture(run: Run, folder: Path, p: recipes.Im3d) -> Picture:

@@ -10,8 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from backend.mesh.bake import bake
-from backend.mesh.extract import extract
-from backend.pipelines.asset import Asset, measure
+from backend.pipelines.asset import Asset, game_ready, measure, surfaces
 from backend.pipelines.run import Run
 from backend.progress import Progress, silent
 from backend.splats import ply, spz
@@ -39,10 +38,11 @@ def mesh_splats(run: Run, folder: Path, p: recipes.MeshSplats) -> Asset:
     run.begin("Take pictures")
     solid = without_mist(splats)
     views = pictures(solid, frame, p.look, run.progress)
-    surface = run.stage("Extract surface", extract, solid, views, p.surface)
+    surface, whole = surfaces(run, solid, views, p.surface, p.game)
     mesh = run.stage("Bake texture", bake, surface, solid, views, p.texture)
     scores = run.stage("Measure", measure, mesh, solid, views)
-    return Asset(mesh, splats, frame, scores, {**run.report(p), "file_splats": len(given)})
+    game = game_ready(run, surface, mesh, whole, p.game)
+    return Asset(mesh, splats, frame, scores, {**run.report(p), "file_splats": len(given)}, game)
 
 
 def read(folder: Path, up: str, say: Callable[[str], None] = lambda sentence: None, progress: Progress = silent) -> Splats:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from backend.mesh.bake import bake
-from backend.mesh.extract import extract
-from backend.pipelines.asset import Asset, measure
+from backend.pipelines.asset import Asset, game_ready, measure, surfaces
 from backend.pipelines.run import Run
 from backend.splats import gpu
 from backend.splats.fit import fit
@@ -25,10 +24,11 @@ def from_views(run: Run, views: Views, p: recipes.Reconstruct) -> Asset:
     run.log(gpu.sentence(p.fit.device))
     splats = run.stage("Fit splats", fit, views, p.fit, p.seed)
     where_depth_is_missing = splats if views.depth is None else None  # exact depth places the surface better than any splat
-    surface = run.stage("Extract surface", extract, where_depth_is_missing, views, p.surface)
+    surface, whole = surfaces(run, where_depth_is_missing, views, p.surface, p.game)
     mesh = run.stage("Bake texture", bake, surface, splats, views, p.texture)
     scores = run.stage("Measure", measure, mesh, splats, views)
-    return Asset(mesh, splats, views.frame, scores, run.report(p))
+    game = game_ready(run, surface, mesh, whole, p.game, p.seed)
+    return Asset(mesh, splats, views.frame, scores, run.report(p), game)
 
 
 def warm_up() -> None:

@@ -44,7 +44,8 @@ class Run:
 
     stages: folder of finished stages, shared by all jobs; None computes everything and keeps nothing. report: called with a map, `kind`
     stage (name `stage`, its `index`, and whether it was `cached`), progress (`fraction` of the stage, `text`, `preview`: a picture as in
-    backend/progress.py or None) or log (`text`). cancelled: asked at each report; true raises `Cancelled` there.
+    backend/progress.py or None) or log (`text`). cancelled: asked at each report; true raises `Cancelled` there. title: what the job is
+    called.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class Run:
         report: Callable[[dict[str, Any]], None] = lambda event: None,
         cancelled: Callable[[], bool] = lambda: False,
         most_bytes: int = MOST_BYTES,
+        title: str = "",
     ):
-        self.stages, self.most_bytes = stages, most_bytes
+        self.stages, self.most_bytes, self.title = stages, most_bytes, title
         self.seconds: dict[str, float] = {}  # of computing each stage, also where this run found it finished
         self.cached: list[str] = []  # the stages that this run found finished
         self._report, self._cancelled = report, cancelled
