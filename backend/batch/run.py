@@ -158,6 +158,8 @@ def _held(options: Options) -> Iterator[None]:
             ) from None
         except OSError as error:
             words = f"{options.out} cannot be written to: {error.strerror or error}."
+            if disk.is_full(error):
+                raise KilnError("no-space", words, "Free some space; the same command goes on with what is not finished.") from None
             raise KilnError("bad-input", words, "Name another --out.") from None
         (options.place / "cancel").unlink(missing_ok=True)
         yield
