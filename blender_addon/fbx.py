@@ -43,6 +43,10 @@ def write(glb: Path, out: Path, engine: str = "", up: str = "y", scale: float = 
     scene = bpy.context.scene
     if not any(thing.type == "MESH" for thing in scene.objects):
         raise KilnError("bad-file", f"{glb.name} holds no mesh.", "Run the job again.")
+    for thing in bpy.data.objects:  # from 4.5 on, levels, which are no part of the GLB's scene, are in a collection that does not show
+        for holder in thing.users_collection:
+            holder.objects.unlink(thing)
+        scene.collection.objects.link(thing)
     _to_metres(scene, up, scale)
     if engine == "unreal":
         _group_levels(scene)
@@ -100,20 +104,11 @@ def _group_levels(scene: bpy.types.Scene) -> None:
     for name, found in levels.items():
         if len(found) < 2:
             continue
-        before = scene.objects.get(name)
-        if before is not None and before.type != "EMPTY":
-            continue
         group = bpy.data.objects.new(name, None)
-        if before is not None:
-            for child in before.children:
-                child.parent = before.parent
-            bpy.data.objects.remove(before)
-            group.name = name
         group["fbx_type"] = "LodGroup"  # what Blender's exporter makes the node's kind
         scene.collection.objects.link(group)
         for _, thing in sorted(found, key=lambda level: level[0]):  # children are written in the order in which they were linked
-            for holder in thing.users_collection:
-                holder.objects.unlink(thing)
+            scene.collection.objects.unlink(thing)
             scene.collection.objects.link(thing)
             thing.parent = group
     bpy.context.view_layer.update()

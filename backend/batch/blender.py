@@ -36,7 +36,7 @@ Progress = Callable[[float, str], None]
 # Runs in Blender: the extension's modules as a package that is not the extension, so that neither its panel nor its wheels are wanted.
 START = """
 import importlib.util, sys, types
-folder, protocol, scratch = {arguments!r}
+folder, protocol, scratch = {arguments!a}
 package = types.ModuleType("kiln_background")
 package.__path__ = [folder]
 sys.modules[package.__name__] = package
@@ -155,11 +155,11 @@ def _newest(root: Path, pattern: str) -> list[Path]:
 
 
 def extension() -> tuple[Path, Path]:
-    """The folders of the extension's code and of its `protocol`: of this checkout, else of the extension that KILN_EXTENSION names, else
+    """The folders of the extension's code and of its `protocol`: of the extension that KILN_EXTENSION names, else of this checkout, else
     of one that is installed in a Blender of this user and of this version of Kiln. Raises KilnError("no-extension")."""
-    if (ROOT / "blender_addon" / "background.py").is_file():
-        return ROOT / "blender_addon", ROOT / "protocol"
     named = os.environ.get("KILN_EXTENSION")
+    if not named and (ROOT / "blender_addon" / "background.py").is_file():
+        return ROOT / "blender_addon", ROOT / "protocol"
     if sys.platform == "win32":
         homes = [Path(os.environ.get("APPDATA", "")) / "Blender Foundation" / "Blender"]
     elif sys.platform == "darwin":
@@ -200,7 +200,7 @@ class Blender:
         folder, protocol = extension()
         self.command, self.log, self.restart = command, Path(log), False
         self._scratch = tempfile.mkdtemp(prefix="kiln-blender-")
-        self._number, self._doing = 0, "started"
+        self._number, self._doing = 0, "starting"
         code = START.format(arguments=(str(folder), str(protocol), self._scratch))
         apart: dict[str, Any] = {"start_new_session": True}  # Ctrl-C is for who reads the terminal
         if sys.platform == "win32":

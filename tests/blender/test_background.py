@@ -371,7 +371,6 @@ def test_an_unknown_request_and_unknown_fields_are_errors_of_that_request_alone(
 def installed(tmp_path_factory, command):
     """Blenders whose code is that of an installed extension: one folder, with protocol in it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(talk, "ROOT", tmp_path_factory.mktemp("elsewhere"))
         patch.setenv("KILN_EXTENSION", str(Path(capture.__file__).parent))
         yield lambda: talk.Blender(command, tmp_path_factory.mktemp("log") / "log.txt")
 
@@ -435,9 +434,7 @@ def test_only_a_blender_that_is_new_enough_is_used(tmp_path, monkeypatch):
 
 
 def game_glb(path):
-    """Two levels, a hull, and one material with colour, normals, and roughness with metallic in one picture, as glTF has them."""
-    root = bpy.data.objects.new("Crate", None)
-    bpy.context.collection.objects.link(root)
+    """Two levels, one of which MSFT_lod alone names, a hull, a material with colour, normals, and roughness with metallic in one map."""
     made = material("Crate", (1, 1, 1))
     shader = made.node_tree.nodes["Principled BSDF"]
     pictures = {}
@@ -462,10 +459,21 @@ def game_glb(path):
         thing.name = thing.data.name = name
         for vertex in thing.data.vertices:
             vertex.co = (vertex.co.x, 0.5 * vertex.co.y, 0.25 * vertex.co.x)
-        thing.parent = root
         if "UCX" not in name:
             thing.data.materials.append(made)
     bpy.ops.export_scene.gltf(filepath=str(path), export_tangents=True)
+    data = path.read_bytes()
+    size = int.from_bytes(data[12:16], "little")
+    document = json.loads(data[20 : 20 + size])
+    first, second = (next(n for n, node in enumerate(document["nodes"]) if node["name"] == f"Crate_LOD{level}") for level in (0, 1))
+    document["nodes"][first]["extensions"] = {"MSFT_lod": {"ids": [second]}}
+    document["extensionsUsed"] = ["MSFT_lod"]
+    document["scenes"][0]["nodes"].remove(second)
+    packed = json.dumps(document).encode()
+    packed += b" " * (-len(packed) % 4)
+    rest = data[20 + size :]
+    head = b"glTF" + (2).to_bytes(4, "little") + (20 + len(packed) + len(rest)).to_bytes(4, "little")
+    path.write_bytes(head + len(packed).to_bytes(4, "little") + b"JSON" + packed + rest)
 
 
 def tree(path):

@@ -54,6 +54,21 @@ def test_unit_frame_is_the_sphere_that_all_cameras_hold(tmp_path):
     assert views.frame.scale == pytest.approx(1 / RADIUS, rel=1e-6)
 
 
+def test_the_subjects_own_origin_stays_in_the_world(tmp_path):
+    write_views(tmp_path)
+    assert load(tmp_path).frame.pivot is None
+    write_views(tmp_path, pivot=[10.5, -20, 2.25])
+    assert load(tmp_path).frame.pivot.tolist() == [10.5, -20, 2.25]
+    assert load(tmp_path).for_scoring.frame.pivot.tolist() == [10.5, -20, 2.25]
+
+
+@pytest.mark.parametrize("pivot", [[1, 2], "base", [1, 2, None], [1, 2, math.nan], {"x": 1}])
+def test_a_pivot_that_is_no_point_is_refused(tmp_path, pivot):
+    write_views(tmp_path, pivot=pivot)
+    with pytest.raises(KilnError, match="The pivot in transforms.json is no point"):
+        load(tmp_path)
+
+
 def test_moving_to_the_unit_frame_keeps_every_pixel_where_it_was(tmp_path):
     world = write_views(tmp_path)
     views = load(tmp_path)
