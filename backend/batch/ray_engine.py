@@ -39,6 +39,7 @@ REPORT_SECONDS = 0.2  # between two messages of a task
 POLL_SECONDS = 0.1
 SLOTS_SECONDS = 5.0  # between two looks at which nodes there are
 CANCEL_SECONDS = 10.0  # from cancel to killing a worker whose step does not yield
+CONNECT_SECONDS = 5.0
 LOOK_SECONDS = 60.0  # that nodes may take to say which Kiln they have
 OBJECT_STORE = 1_000_000_000  # bytes of memory for inputs, of a cluster that is started here; more goes to the disk
 
@@ -50,7 +51,13 @@ _LOCAL = {
     "RAY_enable_metrics_collection": "0",
     "RAY_worker_niceness": "5",  # as the backend's own worker
 }
-_ALWAYS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_task_oom_retries": "1"}  # an item that needs too much memory is not tried for ever
+_ALWAYS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_task_oom_retries": "1",  # an item that needs too much memory is not tried for ever
+    "RAY_NUM_REDIS_GET_RETRIES": "2",  # half a minute each, of looking for a cluster
+}
+
+JOIN = "This machine has to be a node of it: `ray start --address=HOST:PORT`. Then `--address auto` finds it."
 
 log = logging.getLogger("kiln")
 
@@ -87,6 +94,8 @@ class RayEngine:
         self._temporary: Path | None = None
         self._closed = False
         self._ray = _imported(address)
+        if address is not None and address != "auto":
+            _check_address(address)
         shutil.rmtree(self._scratch, ignore_errors=True)
         self._scratch.mkdir(parents=True)
         self._joined = not self._ray.is_initialized()
@@ -181,6 +190,10 @@ class RayEngine:
         self._closed = True
         if self._joined:
             self._ray.shutdown()  # ends the tasks too
+        else:  # whoever connected this process goes on with it
+            for job in self._jobs.values():
+                if job.state is None:
+                    self._ray.cancel(job.task, force=True)
         for folder in (self._scratch, self._temporary):
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -200,13 +213,12 @@ class RayEngine:
         except Exception as error:  # Ray's own, ConnectionError, RuntimeError, ValueError
             text = str(error).strip().partition("\n")[0]
             if "ersion mismatch" in text:
-                hint = f"Kiln brings {RAY}; every node needs the same Ray and the same Python."
-                raise KilnError("bad-version", f"The cluster at {address} runs another Ray. {text}", hint) from error
+                same = f"Every node needs the same Python and the same Ray; Kiln is tested with {RAY}."
+                raise KilnError("bad-version", f"The cluster at {address} runs another Ray. {text}", same) from error
             if address is None:
-                hint = "`kiln batch` without --engine ray needs none."
-                raise KilnError("unavailable", f"Ray does not start on this machine: {text}", hint) from error
-            hint = f"This machine has to be a node of it: `ray start --address={address if address != 'auto' else 'HOST:6379'}`."
-            raise KilnError("unavailable", f"No Ray cluster answers at {address}: {text}", hint) from error
+                without = "`kiln batch` without --engine ray needs none."
+                raise KilnError("unavailable", f"Ray does not start on this machine: {text}", without) from error
+            raise KilnError("unavailable", f"No Ray cluster answers at {address}: {text}", JOIN) from error
 
     def _look_at_nodes(self) -> None:
         """Raises unless every node has this Kiln. A node that joins later refuses the first task it gets instead."""
@@ -529,13 +541,10 @@ def _sent(ray: Any, desk: Any, tell: _Telling, folder: Path, names: list[str], s
 def _task_folder(home: Path) -> Path:
     """A folder for this process's task on the node's disk. What killed processes of this machine left is removed; several machines may
     share the home."""
-    import psutil  # comes with what computes
-
     folder = home / "ray" / socket.gethostname()
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.iterdir():
-        pid = left.name.partition("-")[0]
-        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+        if _is_over(left.name.partition("-")[0]):
             shutil.rmtree(left, ignore_errors=True)
     made = folder / f"{os.getpid()}-{secrets.token_hex(4)}"
     made.mkdir()
@@ -562,10 +571,32 @@ def _imported(address: str | None) -> Any:
     return ray
 
 
+def _check_address(address: str) -> None:
+    """Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if "//" in address or not host or not port.isdecimal():
+        raise KilnError("bad-request", f"{address!r} is not HOST:PORT of a Ray cluster, nor `auto`.", JOIN)
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise KilnError("unavailable", f"No Ray cluster answers at {address}: {error}.", JOIN) from None
+
+
 def _temporary_folder() -> Path:
-    """A private folder for a cluster that is started here: its sockets and logs. Its path is short, because a socket's may not be long."""
+    """A private folder for a cluster that is started here: its sockets and logs. Its path is short, because a socket's may not be long.
+    Those of processes that were killed are removed."""
     base = Path(tempfile.gettempdir() if sys.platform == "win32" else "/tmp")
-    return Path(tempfile.mkdtemp(prefix="kiln-ray-", dir=base))
+    for left in base.glob("kiln-ray-*-*"):
+        if _is_over(left.name.split("-")[2]):
+            shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"kiln-ray-{os.getpid()}-", dir=base))
+
+
+def _is_over(pid: str) -> bool:
+    """Whether that process of this machine has ended."""
+    import psutil  # comes with what computes
+
+    return pid.isdecimal() and not psutil.pid_exists(int(pid))
 
 
 def _asks_for_gpu(parameters: dict[str, Any]) -> bool:

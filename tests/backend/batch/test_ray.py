@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -40,7 +41,7 @@ def farm():
     with pytest.MonkeyPatch.context() as patch:
         settings = {
             "RAY_TMPDIR": str(root / "tmp"), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_enable_metrics_collection": "0", "KILN_PIPELINES": "tests.backend.steps_recipe", "KILN_TEST_MARKS": str(root / "marks"),
+            "RAY_enable_metrics_collection": "0", "RAY_worker_niceness": "0", "KILN_PIPELINES": "tests.backend.steps_recipe", "KILN_TEST_MARKS": str(root / "marks"),
         }  # fmt: skip
         for name, value in settings.items():
             patch.setenv(name, value)
@@ -62,6 +63,12 @@ def farm():
                 engine.close()
             cluster.shutdown()
             shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture
+def unused_tcp_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 class Farm(SimpleNamespace):
@@ -126,10 +133,11 @@ def some_splats(folder) -> Path:
 
 def test_what_a_node_makes_is_what_the_local_worker_makes(farm):
     file = some_splats(farm.root)
+    ours = farm.local("mesh_splats", SPLATS, {"splats.ply": file})
     mesh = farm.engine.submit("mesh", "mesh_splats", SPLATS, {"splats.ply": file}, "A ball")
     told = []
     assert farm.follow([mesh], told.append)[mesh].kind == "done"
-    ours, theirs = farm.local("mesh_splats", SPLATS, {"splats.ply": file}), farm.fetched(mesh)
+    theirs = farm.fetched(mesh)
     assert set(ours) == set(theirs) and len(theirs["mesh.glb"]) > ray_engine.CHUNK
     assert [name for name in ours if ours[name] != theirs[name]] == ["report.json"]  # which tells the seconds that it took
     stages = [event.stage for event in told if event.kind == "stage" and event.stage]
@@ -224,6 +232,14 @@ def test_a_worker_that_is_killed_costs_one_attempt_and_no_finished_stage(farm):
     assert made["sum.txt"] == farm.local("steps", {"seed": 7}, {"in/text.txt": farm.text})["sum.txt"]
     assert made["more/stages.txt"] == b"Draw"  # found finished
     assert farm.tasks_on("first") == [], "what the killed process left is gone too"
+
+
+def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path, unused_tcp_port):
+    pytest.importorskip("ray", reason="Ray is an optional extra: pip install -r requirements/ray.txt")
+    for address, code in {f"127.0.0.1:{unused_tcp_port}": "unavailable", "ray://farm:10001": "bad-request", "farm": "bad-request"}.items():
+        with pytest.raises(KilnError) as refused:
+            RayEngine(tmp_path / "scratch", address)
+        assert refused.value.code == code and address in refused.value.message
 
 
 def test_results_arrive_whole_or_not_at_all(tmp_path):
