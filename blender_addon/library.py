@@ -68,12 +68,14 @@ def _add(asset: dict, catalog: str, splats: bool) -> None:
     before = bpy.data.collections.get(name)
     if before is not None and before.asset_data is not None:
         _remove(before)
+        bpy.data.orphans_purge(do_recursive=True)  # else the new asset's parts could not have the old one's names
     elif before is not None:
         before.name = f"{name} (other)"
     made = import_asset.import_asset(bpy.context, folder, {**source, "title": name}, provenance, splats=splats, catalog=catalog, undo=False)
     collection = made.collection
-    for thing in collection.objects:
-        thing.name = thing.name.replace(f"{name} (Kiln)", name)
+    for kind in ("objects", "meshes", "materials", "images", "actions", "armatures"):
+        for block in getattr(bpy.data, kind):
+            block.name = block.name.replace(collection.name, name)
     collection.name = name
     bpy.context.view_layer.update()
     low, high = _bounds([collection])

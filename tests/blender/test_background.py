@@ -607,6 +607,7 @@ def test_a_library_takes_results_and_keeps_what_it_has(blender, tmp_path):
         assert thing.name == f"{name} mesh"
         images = [node.image for one in thing.data.materials for node in one.node_tree.nodes if node.type == "TEX_IMAGE"]
         assert images and all(image.packed_file for image in images)
+        assert [one.name for one in thing.data.materials] == [name] and [image.name for image in images] == [f"{name} base color"]
         corners = np.array([thing.matrix_world @ vertex.co for vertex in thing.data.vertices])
         reach.append((corners[:, 0].min(), corners[:, 0].max()))
         origin = np.array(collection.instance_offset)
