@@ -41,7 +41,8 @@ def farm():
     with pytest.MonkeyPatch.context() as patch:
         settings = {
             "RAY_TMPDIR": str(root / "tmp"), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_enable_metrics_collection": "0", "RAY_worker_niceness": "0", "KILN_PIPELINES": "tests.backend.steps_recipe", "KILN_TEST_MARKS": str(root / "marks"),
+            "RAY_enable_metrics_collection": "0", "RAY_worker_niceness": "0",
+            "KILN_PIPELINES": "tests.backend.steps_recipe", "KILN_TEST_MARKS": str(root / "marks"),
         }  # fmt: skip
         for name, value in settings.items():
             patch.setenv(name, value)
