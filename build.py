@@ -30,6 +30,7 @@ import re
 import runpy
 import shutil
 import subprocess
+import tarfile
 import tempfile
 import threading
 import time
@@ -62,6 +63,10 @@ EXTENSION_PLATFORMS = {
     "macos-x64": ["macosx_11_0_x86_64", "macosx_10_15_x86_64"],
     "windows-x64": ["win_amd64"],
 }
+
+# The Khronos validator of glTF, which the tests run where there is node: its package on npm, and that file's SHA-256.
+VALIDATOR = "gltf-validator@2.0.0-dev.3.10"
+VALIDATOR_HASH = "4e03dbdc3bc0d1342afd5d2d7ae341a7e3474502ccb872b02dbbaddaee0fdec6"
 
 # What the bpy wheel loads from the system: (library, Debian, Fedora, Arch). Without libEGL it imports, then its first picture ends it.
 SYSTEM_LIBRARIES = [
@@ -297,6 +302,29 @@ def system_libraries() -> None:
     )
 
 
+def gltf_validator() -> None:
+    """Fetches the validator into .venv/cache, once. Without npm, or if that finds nothing, the tests that need it are skipped."""
+    folder, npm = CACHE / VALIDATOR.replace("@", "-"), shutil.which("npm")
+    if (folder / "package" / "package.json").is_file() or npm is None:
+        return
+    with tempfile.TemporaryDirectory(prefix="kiln-") as scratch:
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            subprocess.run([npm, "pack", "--silent", VALIDATOR], cwd=scratch, capture_output=True, timeout=120)
+        found = list(Path(scratch).glob("*.tgz"))
+        if not found:
+            print(f"{VALIDATOR} could not be fetched from npm.", flush=True)
+            return
+        if hashlib.sha256(found[0].read_bytes()).hexdigest() != VALIDATOR_HASH:
+            raise Failed(f"npm gave another {VALIDATOR} than the one that is known.")
+        unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.new")
+        with tarfile.open(found[0]) as archive:
+            archive.extractall(unfinished, filter="data")
+        try:
+            os.replace(unfinished, folder)
+        except OSError:  # another run was first
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
 def _loads(library: str) -> bool:
     try:
         ctypes.CDLL(library)
@@ -425,6 +453,7 @@ def test(options: argparse.Namespace) -> None:
     environments = Environments(options)
     print("=== set-up", flush=True)
     system_libraries()
+    gltf_validator()
     tests_of_ray = _split(options.further, ("tests/backend/batch",))[1] != []  # all, or some that the user names
     backend, blender = environments.all_of(environments.backend_with_ray if tests_of_ray else environments.backend, environments.blender)
     *others, oldest = environments.all_of(*environments.further_blenders()) or [None]  # which these are depends on the first one's Python

@@ -14,6 +14,7 @@ from backend.mesh.bake import vertex_normals
 from backend.mesh.mesh import AnimatedMesh, Mesh, Rig, TexturedMesh
 from backend.mesh.tangents import tangents
 from backend.views.views import Frame
+from tests import gltf
 
 FRAME = Frame(np.array([100.0, -40.0, 7.0]), 0.25)
 
@@ -348,3 +349,12 @@ def test_a_reader_without_motion_finds_the_same_mesh_in_all_three(tmp_path):
         assert np.array_equal(other.vertices, still.vertices) and np.array_equal(other.faces, still.faces)
         assert np.array_equal(other.visual.uv, still.visual.uv)
         assert np.array_equal(np.asarray(other.visual.material.normalTexture), np.asarray(still.visual.material.normalTexture))
+
+
+def test_the_khronos_validator_finds_no_fault_in_any_file(tmp_path):
+    mesh = moving()
+    glb.save(tmp_path / "plain.glb", textured(), FRAME, "bôx")
+    glb.save(tmp_path / "mesh.glb", full(), FRAME, "box")
+    glb.save_shape_keys(tmp_path / "shape_keys.glb", mesh, FRAME, "box")
+    glb.save_armature(tmp_path / "armature.glb", mesh, chain(mesh), FRAME, "box")
+    assert gltf.faults(*sorted(tmp_path.glob("*.glb"))) == []
