@@ -20,7 +20,7 @@ from jaxtyping import Float, UInt8
 from backend.progress import Progress, silent
 from backend.train import autoencoder, objects, turntables
 from backend.train.muon import Muon, split
-from backend.train.turntable import Run, Settings, first_frame_condition, flow_loss
+from backend.train.turntable import Run, Settings, again_loss, first_frame_condition, flow_loss
 
 ID = "kiln-tiny-turntable"
 FRAMES = 17  # 16 views, and the first once more: Wan's autoencoder takes 4 n + 1 frames, and the turn closes
@@ -29,6 +29,7 @@ SHIFT = 3.0  # of the noise levels, in training and in sampling
 HELD_OUT = 1_000_000  # seeds from here on are never trained on
 CHUNK = 250  # turntables of a file
 SOME, SOME_UNTIL = 9, 0.75  # frames of each turn, the given one among them, that the first part of the training looks at; its share
+AGAIN, AGAIN_FROM = 0.3, 0.4  # share of such steps, and of the training before the first
 TRANSFORMER = dict(
     patch_size=(1, 2, 2),
     num_attention_heads=3,
@@ -46,7 +47,8 @@ TRANSFORMER = dict(
 
 @dataclass(frozen=True)
 class Recipe:
-    """turntables: rendered for training. decoder: its steps. transformer: as Settings. What the shipped weights were made with."""
+    """turntables: rendered for training. decoder: its steps. transformer: as Settings. For a model such as the shipped one, whose card tells
+    how it came about."""
 
     turntables: int = 6750
     decoder: int = 3500
@@ -220,8 +222,11 @@ def pictures(chunks: list[UInt8[np.ndarray, "n k s s 3"]], count: int, rng: np.r
 # -- Training ------------------------------------------------------------------------------------------------------------------------------
 
 
-def prepare(model: WanTransformer3DModel, components: autoencoder.Components, chunks: list, settings: Settings, out: Path):
-    """The run in `out`, gone on with if it was begun, and its loss."""
+def prepare(
+    model: WanTransformer3DModel, components: autoencoder.Components, chunks: list, settings: Settings, out: Path, again: float = AGAIN
+):
+    """The run in `out`, gone on with if it was begun, and its loss. again: share of the steps that start from what the model makes itself,
+    once it makes something."""
     learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     inner, rest = split(learning.items(), lambda name: name.startswith("blocks.") and "table" not in name)
     optimizers = [Muon(inner, settings.rate, weight_decay=0.01), torch.optim.AdamW(rest, settings.rate, (0.9, 0.98), weight_decay=0.0)]
@@ -236,8 +241,9 @@ def prepare(model: WanTransformer3DModel, components: autoencoder.Components, ch
             frames = [0, *sorted((1 + torch.randperm(FRAMES - 1, generator=rng)[: SOME - 1]).tolist())]
         seen = clips(chunks, settings.batch, rng)[:, frames]
         clean = autoencoder.project(components, seen).transpose(1, 2)
+        own = run.step >= AGAIN_FROM * settings.steps and torch.rand((), generator=rng).item() < again
         with torch.autocast("cpu", torch.bfloat16), frames_of(model, frames):
-            return flow_loss(model, clean, first_frame_condition(clean, empty), text, settings.shift, rng)
+            return (again_loss if own else flow_loss)(model, clean, first_frame_condition(clean, empty), text, settings.shift, rng)
 
     return run, loss
 

@@ -12,7 +12,7 @@ from backend import weights
 from backend.diffusion import sv3d, wan
 from backend.diffusion.memory import Place
 from backend.train import autoencoder, lora, muon, objects, tiny, turntables
-from backend.train.turntable import Settings, first_frame_condition, flow_loss
+from backend.train.turntable import Settings, again_loss, first_frame_condition, flow_loss
 from backend.views.orbit import Orbit
 from protocol.errors import KilnError
 from tests.backend.diffusion.published import SMALL_SV3D
@@ -87,13 +87,13 @@ def test_the_quick_transformer_computes_what_wans_own_does():
     assert torch.equal(told_other_words, own) and own.std() > 0.01
 
 
-def started(folder, chunks, components, settings):
+def started(folder, chunks, components, settings, again=tiny.AGAIN):
     model = tiny.build_transformer(0, num_layers=1, num_attention_heads=1, ffn_dim=64)
-    return tiny.prepare(model, components, chunks, settings, folder)
+    return tiny.prepare(model, components, chunks, settings, folder, again)
 
 
 def test_a_few_steps_lower_the_loss(tmp_path, chunks, components):
-    run, loss = started(tmp_path, chunks, components, Settings(steps=24, batch=2, rate=1e-2, warmup=4, log=6))
+    run, loss = started(tmp_path, chunks, components, Settings(steps=24, batch=2, rate=1e-2, warmup=4, log=6), 0.0)
     run.train(loss)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert len(losses) == 4 and losses[-1] < 0.9 * losses[0]
@@ -183,6 +183,27 @@ def test_a_flow_that_is_known_has_no_loss():
 
     clean = torch.zeros(3, 4, 2, 4, 4)
     assert flow_loss(perfect, clean, clean, torch.zeros(3, 1, 4), 2.0, rng) < 1e-6
+    assert again_loss(perfect, clean, clean, torch.zeros(3, 1, 4), 2.0, rng) < 1e-6
+
+
+def test_what_a_model_made_itself_is_led_back_to_the_truth():
+    """A model that believes everything to be 0 says so of its own clips too: the error is all that the truth differs from it by, but for
+    the given frame."""
+    rng = torch.Generator().manual_seed(0)
+    seen = []
+
+    def believes_zero(x, times, text, return_dict):
+        seen.append((x[:, :4], times / 1000, torch.is_grad_enabled()))
+        return (x[:, :4] / (times / 1000)[:, None, None, None, None],)
+
+    clean = torch.full((3, 4, 2, 4, 4), 2.0)
+    assert again_loss(believes_zero, clean, clean, torch.zeros(3, 1, 4), 2.0, rng).item() == pytest.approx(1.5 * 4, rel=1e-5)
+    assert [grad for *_, grad in seen] == [False] * (len(seen) - 1) + [True]
+    noisy, level, _ = seen[-1]
+    assert 0.35 <= level.min() and level.max() <= 0.9
+    s = level[:, None, None, None]
+    assert torch.allclose((noisy[:, :, 0] - (1 - s) * 2).flatten(1).std(1), level, rtol=0.3)  # the given frame is the true one, noised
+    assert torch.allclose(noisy[:, :, 1].flatten(1).std(1), level, rtol=0.3) and noisy[:, :, 1].mean().abs() < 0.3
 
 
 def test_a_model_that_is_no_generator_of_turntables_is_refused():
