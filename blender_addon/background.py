@@ -117,7 +117,8 @@ def take(report: Report, file: str, folder: str, recipe: str, values: dict | Non
     if made.INPUT not in ("views", "motion", "splats"):
         raise KilnError("bad-recipe", f"The recipe {recipe} takes a {made.INPUT}: there is nothing to render for it.", "Give it a picture.")
     report(0.0, f"reading {path.name}")
-    warnings = importers.load(path)
+    importers.load(path)
+    notes = []
     scene, what = _chosen(path, subject)
     into.mkdir(parents=True, exist_ok=True)
     if made.INPUT == "splats":
@@ -128,7 +129,7 @@ def take(report: Report, file: str, folder: str, recipe: str, values: dict | Non
             if path.suffix.lower() != ".blend":
                 clips = importers.choose_clip()
                 if len(clips) > 1:
-                    warnings.append(f"It has {len(clips)} clips: the longest, {clips[0]}, is taken.")
+                    notes.append(f"It has {len(clips)} clips: the longest, {clips[0]}, is taken.")
             made = recipes.make(recipe, capture_motion.resolved(recipes.values(made), scene))
         kind = "collection" if isinstance(what, bpy.types.Collection) else "object"
         chosen = _subject(scene, kind, what)
@@ -146,7 +147,7 @@ def take(report: Report, file: str, folder: str, recipe: str, values: dict | Non
         "source": source,
         "values": recipes.values(made),
         "picture": str(capture.from_the_front(table)) if table else None,
-        "warnings": warnings,
+        "warnings": notes + importers.warnings(path),  # only now are drivers known that were not run
         "seconds": round(time.perf_counter() - started, 3),
     }
 

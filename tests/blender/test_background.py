@@ -15,7 +15,7 @@ from pathlib import Path
 import bpy
 import numpy as np
 import pytest
-from bl_ext.kiln_test.kiln import capture, export, import_asset, splat_files, splat_nodes
+from bl_ext.kiln_test.kiln import background, capture, export, import_asset, splat_files, splat_nodes
 from bl_ext.kiln_test.kiln.protocol import recipes
 from PIL import Image
 
@@ -232,19 +232,21 @@ def test_several_objects_of_a_file_are_one_subject_with_the_origin_of_what_they_
     assert done["source"]["pivot"] == pytest.approx([0.5, 0, 0])
 
 
-def test_nothing_in_a_blend_runs_and_what_did_not_is_said(blender, tmp_path):
+@pytest.mark.parametrize("what", ["script", "driver"])
+def test_nothing_in_a_blend_runs_and_what_did_not_is_said(blender, tmp_path, what):
     thing = wedge()
     proof = tmp_path / "ran.txt"
-    text = bpy.data.texts.new("attack.py")
-    text.write(f"open({str(proof)!r}, 'w').close()")
-    text.use_module = True
-    thing.driver_add("location", 0).driver.expression = f"len([open({str(proof)!r}, 'w').close()])"
-    proof.unlink(missing_ok=True)  # in bpy, this process, scripts may run
+    if what == "script":
+        text = bpy.data.texts.new("attack.py")
+        text.write(f"open({str(proof)!r}, 'w').close()")
+        text.use_module = True
+    else:
+        thing.driver_add("location", 0).driver.expression = f"len([open({str(proof)!r}, 'w').close()])"
     bpy.ops.wm.save_as_mainfile(filepath=str(tmp_path / "a.blend"), copy=True)
-    proof.unlink(missing_ok=True)
-    done = take(blender, tmp_path / "a.blend", tmp_path / "views")
+    proof.unlink(missing_ok=True)  # in this process, scripts may have run
+    (warning,) = take(blender, tmp_path / "a.blend", tmp_path / "views")["warnings"]
     assert not proof.exists()
-    assert any("were not run" in warning for warning in done["warnings"])
+    assert "were not run" in warning and ("attack.py" if what == "script" else "open(") in warning
 
 
 def test_textures_that_are_missing_are_named_and_do_not_stop_it(blender, tmp_path):
@@ -409,6 +411,10 @@ def test_none_outlives_the_process_that_started_it(command, tmp_path):
     while scratch.exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not scratch.exists()  # the last that it does
+
+
+def test_how_much_memory_it_has_held_is_known():
+    assert 2**26 < background._peak_memory() < 2**40
 
 
 def test_only_a_blender_that_is_new_enough_is_used(tmp_path, monkeypatch):
