@@ -302,7 +302,7 @@ class Batch:
         else:
             shutil.rmtree(folder.inputs, ignore_errors=True)
             folder.inputs.mkdir(parents=True)
-            work.at("capturing", text="waiting for Blender")
+            work.at("waiting", text="waiting for Blender")
             fields: dict[str, Any] = {"file": str(item.file), "recipe": item.recipe, "values": item.values, "folder": str(folder.inputs)}
             self.blenders.give((work, "capture"), "capture", subject=item.subject, **fields)
 
@@ -393,11 +393,15 @@ class Batch:
             self._export(work)
 
     def _export(self, work: Work) -> None:
-        glb = next((path for name in ("game.glb", "mesh.glb") if (path := work.folder.results / name).is_file()), None)
+        """Has an FBX made of the game's file if there is one, else of the mesh with its bones, else of the mesh."""
+        assert work.record is not None
+        glb = next((name for name in ("game.glb", "armature.glb", "mesh.glb") if name in work.record["files"]), None)
         if glb is None:
             raise KilnError("bad-input", f"{work.item.recipe} made no mesh, so there is no FBX of it.", "Leave out --fbx.")
         work.at("computing", "FBX", text="waiting for Blender")
-        self.blenders.give((work, "fbx"), "fbx", glb=str(glb), out=str(work.folder.results / self._fbx(work)))
+        values, folder = work.record["parameters"], work.folder.results
+        options = {name: values[f"game.{name}"] for name in ("engine", "up", "scale")} if glb == "game.glb" else {}
+        self.blenders.give((work, "fbx"), "fbx", glb=str(folder / glb), out=str(folder / self._fbx(work)), options=options)
 
     def _hear_blender(self, work: Work, do: str, news: News) -> None:
         if news.error is not None:
@@ -412,7 +416,8 @@ class Batch:
             self._use_capture(work, kept)
         else:
             assert work.record is not None
-            work.record = work.folder.keep_record(work.record, [*work.record["files"], self._fbx(work)])
+            made = [Path(path).relative_to(work.folder.results).as_posix() for path in news.answer["files"]]
+            work.record = work.folder.keep_record(work.record, list(dict.fromkeys([*work.record["files"], *made])))
             self._finish(work)
 
     def _use_capture(self, work: Work, kept: dict[str, Any]) -> None:
