@@ -47,8 +47,8 @@ TRANSFORMER = dict(
 
 @dataclass(frozen=True)
 class Recipe:
-    """turntables: rendered for training. decoder: its steps. transformer: as Settings. For a model such as the shipped one, whose card tells
-    how it came about."""
+    """turntables: rendered for training. decoder: its steps. transformer: as Settings. For a model such as the shipped one, whose card
+    tells how it came about."""
 
     turntables: int = 6750
     decoder: int = 3500
