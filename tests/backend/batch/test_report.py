@@ -98,7 +98,7 @@ def test_totals_failures_and_figures(out):
     for shown in (
         'It is <i>"broken" & torn</i>.',
         "Export it again.",
-        "12\u202f345 faces",
+        "12 345 faces",
         "31.3 dB alike",
         "1.2 MB",
         "2 min",
