@@ -49,7 +49,7 @@ class Batches:
 
     def __init__(self):
         self.all: dict[str, Batch] = {}  # newest first
-        self.seen = False  # set by the panel's first draw: before, nobody looks
+        self.seen = False  # set when the panel's header is drawn first: before, nobody looks
         self.importing: Importing | None = None
         self.wanted: set[tuple[str, str]] = set()  # thumbnails (batch, item) that were drawn and are not loaded
         self.watch: batches.Watch | None = None
@@ -85,6 +85,8 @@ class Batches:
         for id, batch in told.items():
             if batch.active:
                 self._over.discard(id)
+                if id in self.cancelling and batch.state == "running":
+                    batches.cancel(batch)  # once more: what was asked before the process had begun, it has not seen
             elif id not in self._over:
                 self._over.add(id)
                 self.cancelling.discard(id)
@@ -479,7 +481,7 @@ class KILN_UL_batches(bpy.types.UIList):
         if batch is None:
             return
         row = layout.row()
-        row.label(text=batch.order.title, icon=ICONS[batch.state])
+        row.label(text=batch.order.title, icon=look(batch))
         right = row.row()
         right.alignment = "RIGHT"
         right.active = False
@@ -512,16 +514,16 @@ class KILN_UL_batch_items(bpy.types.UIList):
 
 class KILN_PT_batch(panel.KilnPanel, bpy.types.Panel):
     bl_label = "Batch"
-    bl_order = 3
+    bl_order = 2  # after the jobs, before the models
     bl_options = {"DEFAULT_CLOSED"}
 
     def draw_header_preset(self, context):
+        known.seen = True
         at_work = [batch for batch in known.all.values() if batch.active]
         if at_work:
             self.layout.label(text=f"{sum(map(share, at_work)) / len(at_work):.0%}", icon="RENDER_ANIMATION")
 
     def draw(self, context):
-        known.seen = True
         self.draw_order(self.layout, context)
         window = context.window_manager.kiln
         if not window.batches:
@@ -559,7 +561,7 @@ class KILN_PT_batch(panel.KilnPanel, bpy.types.Panel):
         column = layout.column()
         column.use_property_split = True
         column.use_property_decorate = False
-        column.prop(chosen, "out", placeholder="A folder of Kiln's own")
+        column.prop(chosen, "out", placeholder="Kiln's own")
         column.prop(chosen, "results")
         if chosen.results == "COLLECTION":
             column.prop(chosen, "into")
@@ -592,9 +594,14 @@ class KILN_PT_batch(panel.KilnPanel, bpy.types.Panel):
                 panel.draw_text(box, context, line, "BLANK1")
         else:
             words = f"{done} of {total} done" + (f", {failed} failed" if failed else "")
-            panel.draw_text(box, context, f"Cancelled, {words}" if batch.state == "cancelled" else words, ICONS[batch.state])
-        if batch.order.library and done and not batch.active:
-            panel.draw_text(box, context, f"In {Path(batch.order.library).name}", "ASSET_MANAGER")
+            panel.draw_text(box, context, f"Cancelled, {words}" if batch.state == "cancelled" else words, look(batch))
+            if error := (batch.report or {}).get("error"):
+                panel.draw_error(box, context, KilnError.from_wire(error))
+        library = (batch.report or {}).get("library")
+        if library and library["error"]:
+            panel.draw_error(box, context, KilnError.from_wire(library["error"]))
+        elif library and library["assets"]:
+            panel.draw_text(box, context, f"{library['assets']} assets in {Path(library['file']).name}", "ASSET_MANAGER")
         importing = known.importing
         if importing and importing.batch == batch.id:
             waits = session.why_import_waits(importing)
@@ -615,12 +622,14 @@ class KILN_PT_batch(panel.KilnPanel, bpy.types.Panel):
         row = box.row(align=True)
         if batch.active:
             row.operator("kiln.cancel_batch", icon="X").batch = batch.id
-        elif batch.state in ("interrupted", "cancelled"):
+        elif batch.state in ("interrupted", "cancelled") or (batch.report or {}).get("error"):
             row.operator("kiln.resume_batch", icon="PLAY").batch = batch.id
         elif failed:
             row.operator("kiln.resume_batch", text="Retry Failed", icon="FILE_REFRESH").batch = batch.id
-        if done and not batch.active and not batch.order.library:
-            row.operator("kiln.import_batch", icon="IMPORT").batch = batch.id
+        if done and not batch.active and not (importing and importing.batch == batch.id):
+            part = row.row(align=True)
+            part.enabled = bool(to_import(batch))
+            part.operator("kiln.import_batch", text="Import Results" if part.enabled else "In This File", icon="IMPORT").batch = batch.id
         row = box.row(align=True)
         if total:
             row.operator("kiln.open_report", icon="WORLD").batch = batch.id
@@ -647,6 +656,11 @@ def draw_item(box, context, batch: Batch, item: dict) -> None:
         panel.draw_text(box, context, ", ".join([*words, panel.time_text(sum((item["seconds"] or {}).values()))]), "CHECKMARK")
     for warning in item["warnings"]:
         panel.draw_text(box, context, warning, "INFO")
+
+
+def look(batch: Batch) -> str:
+    """Its icon."""
+    return "ERROR" if batch.state == "done" and batch.count("failed") else ICONS[batch.state]
 
 
 def share(batch: Batch) -> float:

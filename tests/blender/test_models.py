@@ -6,55 +6,9 @@ import bpy
 import pytest
 from bl_ext.kiln_test.kiln import models, panel, session
 
-FUNCTIONS = bpy.types.UILayout.bl_rna.functions
+from tests.blender.layout import Button, Layout
+
 GB = 1_000_000_000
-
-
-class Layout:
-    """Stands in for a UILayout, which exists only while Blender draws: takes what a real one takes, and notes what a person would see."""
-
-    def __init__(self, seen=None):
-        self.seen = [] if seen is None else seen
-
-    def __getattr__(self, name):
-        if name not in FUNCTIONS:
-            raise AttributeError(name)
-        parameters = FUNCTIONS[name].parameters
-
-        def call(*arguments, **given):
-            for key, value in given.items():
-                assert key in parameters, f"{name} takes no {key}"
-                if key == "icon":
-                    assert value in parameters["icon"].enum_items, f"there is no icon {value}"
-            if name == "label":
-                self.seen.append(given["text"])
-            elif name == "progress":
-                self.seen.append((given["text"], given["factor"]))
-            elif name == "prop":
-                assert arguments[1] in arguments[0].bl_rna.properties
-                self.seen.append(arguments[1])
-            elif name == "operator":
-                return self.operator(*arguments, **given)
-            elif name == "panel":
-                return Layout(self.seen), Layout(self.seen)
-            return Layout(self.seen)
-
-        return call
-
-    def operator(self, id, text=None, icon="NONE"):
-        category, name = id.split(".")
-        assert getattr(getattr(bpy.ops, category), name).get_rna_type() is not None, f"there is no operator {id}"
-        made = Button(id)
-        self.seen.append(made)
-        return made
-
-
-class Button:
-    def __init__(self, id):
-        self.id, self.model, self.url = id, "", ""
-
-    def __eq__(self, other):
-        return (self.id, self.model) == other
 
 
 def entry(id, state="missing", pull=None, **changes):
