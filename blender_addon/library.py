@@ -62,7 +62,7 @@ def _add(asset: dict, catalog: str, splats: bool) -> None:
         }  # fmt: skip
     # Where it was captured: there it gets its own frame, and from there it goes to its place in the row.
     kept = ("location", "rotation", "unit_scale", "fingerprint", "blender")
-    source = {key: value for key, value in asset.get("source", {}).items() if key in kept}
+    source = {key: value for key, value in (asset.get("source") or {}).items() if key in kept}
     source = _in_metres(source)
     edge = _right_edge()
     before = bpy.data.collections.get(name)

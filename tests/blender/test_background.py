@@ -369,31 +369,26 @@ def test_an_unknown_request_and_unknown_fields_are_errors_of_that_request_alone(
     assert blender.request("list", file=str(files / "wedge.glb"))["subjects"] == [{"kind": "file", "name": "wedge", "splats": False}]
 
 
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory, command):
-    """Blenders whose code is that of an installed extension: one folder, with protocol in it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KILN_EXTENSION", str(Path(capture.__file__).parent))
-        yield lambda: talk.Blender(command, tmp_path_factory.mktemp("log") / "log.txt")
+def test_a_blender_that_dies_or_says_nothing_is_over_and_the_next_one_does_the_work(command, files, tmp_path, monkeypatch):
+    """These have their code from an installed extension: one folder, with protocol in it."""
+    monkeypatch.setenv("KILN_EXTENSION", str(Path(capture.__file__).parent))
+    endless = {"capture.size": 2048, "capture.samples": 256, "capture.views": 50}
 
+    def ends(blender, how):
+        with pytest.raises(KilnError, match=f"{how}.*capturing wedge.glb") as over:
+            take(blender, files / "wedge.glb", tmp_path / how, endless)
+        assert over.value.code == "blender-died" and not blender.alive and not Path(blender._scratch).exists()
+        with pytest.raises(KilnError, match="ended by|ended with"):
+            blender.request("list", file=str(files / "wedge.glb"))
 
-@pytest.mark.parametrize("how", ["dies", "hangs"])
-def test_a_blender_that_dies_or_says_nothing_is_over_and_the_next_one_does_the_work(installed, files, tmp_path, how, monkeypatch):
-    lame = installed()
-    if how == "dies":
-        deadly = getattr(signal, "SIGKILL", signal.SIGTERM)
-        threading.Timer(0.3, os.kill, (lame.pid, deadly)).start()
-    else:
-        monkeypatch.setattr(talk, "QUIET_SECONDS", 0.3)
-    with pytest.raises(KilnError, match="capturing wedge.glb") as over:
-        take(lame, files / "wedge.glb", tmp_path / "1", {"capture.size": 2048, "capture.samples": 256, "capture.views": 50})
-    assert over.value.code == "blender-died" and not lame.alive and not Path(lame._scratch).exists()
-    with pytest.raises(KilnError, match="ended by|ended with"):
-        lame.request("list", file=str(files / "wedge.glb"))
-    if how == "dies":  # once is enough
-        monkeypatch.undo()
-        with installed() as next_one:
-            take(next_one, files / "wedge.glb", tmp_path / "2")
+    dying = talk.Blender(command, tmp_path / "log.txt")
+    deadly = getattr(signal, "SIGKILL", signal.SIGTERM)
+    threading.Timer(0.3, os.kill, (dying.pid, deadly)).start()
+    ends(dying, "ended")
+    next_one = talk.Blender(command, tmp_path / "log.txt")
+    assert contents(files / "views").keys() == take(next_one, files / "wedge.glb", tmp_path / "views")["inputs"].keys()
+    monkeypatch.setattr(talk, "QUIET_SECONDS", 0.3)
+    ends(next_one, "said nothing")
 
 
 def test_none_outlives_the_process_that_started_it(command, tmp_path):
