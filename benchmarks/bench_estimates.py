@@ -36,7 +36,8 @@ from protocol import estimates, recipes
 
 STAGES = {  # as pipelines call them
     "Read views": "read", "Read splats": "read", "Fit splats": "fit", "Take pictures": "look", "Extract surface": "extract",
-    "Bake texture": "bake", "Measure": "measure",
+    "Bake texture": "bake", "Measure": "measure", "Decimate": "extract", "Bake normals": "game", "Levels of detail": "game",
+    "Collision hulls": "game",
 }  # fmt: skip
 RECONSTRUCT: list[dict[str, Any]] = [  # changes of the preset standard; one thing at a time, then the presets themselves
     {"capture.size": 256, "fit.iterations": 300},

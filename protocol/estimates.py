@@ -69,6 +69,8 @@ QUANTITIES: dict[str, Callable[[Values], float]] = {
     "surface kilocells": lambda v: recipes.cells(v["surface.grid"], v["surface.faces"]) ** 2 / 1e3,  # on the surface
     "kilofaces": lambda v: v["surface.faces"] / 1e3,
     "megatexels": lambda v: v["texture.size"] ** 2 / 1e6,
+    "levels x kilofaces": lambda v: v["game.lods"] * v["surface.faces"] / 1e3,
+    "hulls": lambda v: v["game.hulls"],
 }
 
 # Seconds on two quiet cores, by stage and quantity. Stages in IN_BLENDER run there, at that computer's speed.
@@ -155,6 +157,12 @@ SECONDS: dict[str, dict[str, float]] = {
         "views": 0.004,
         "megapixels": 0.06,
     },
+    "game": {
+        "job": 1.0,
+        "levels x kilofaces": 0.02,
+        "hulls": 0.4,  # cutting and merging; shapes of thin parts take several times as long
+        "megatexels": 2.0,  # looking the dense surface up, where views have no normals
+    },
     "import": {
         "job": 0.5,  # transfer and Blender's importer
         "megatexels": 0.1,
@@ -222,6 +230,7 @@ STAGES = {"reconstruct": ("capture", "read", "fit", "extract", "bake", "measure"
                       "import"),
           "mesh_splats": ("export", "read", "look", "extract", "bake", "measure", "import"),
           "im3d": ("read", "generate", "fit to pictures", "look", "extract", "move", "bake", "measure", "import")}  # fmt: skip
+GAME = ("game",)  # where an engine's file is asked for
 AT_FIRST = ("read", "generate")  # of a job that stops after its views
 IN_BLENDER = ("capture", "export", "import")
 
@@ -230,7 +239,7 @@ def stage_seconds(recipe: str, values: Values, gpu: bool = False, splats: int | 
     """Seconds of each stage on two quiet cores. splats: how many the input has, for recipes that start from them."""
     quantities = known(recipe, values, splats)
     where = " on a GPU" if gpu and values.get("fit.device") != "cpu" else ""
-    stages = AT_FIRST if values.get("generate.only") else STAGES[recipe]
+    stages = AT_FIRST if values.get("generate.only") else STAGES[recipe] + (GAME if values.get("game.engine", "none") != "none" else ())
     named = {stage: stage if stage in SECONDS else stage.removesuffix(" in time") for stage in stages}
     return {stage: _sum(SECONDS.get(name + where, SECONDS[name]), quantities) for stage, name in named.items()}
 

@@ -39,6 +39,13 @@ def test_each_parameter_that_makes_a_job_slower_raises_its_estimate(change):
     ).seconds  # fmt: skip
 
 
+@pytest.mark.parametrize("recipe", ["reconstruct", "mesh_splats", "im3d"])
+def test_a_file_for_an_engine_takes_longer_and_more_of_it_longer_still(recipe):
+    asked = [{}, {"game_engine": "godot"}, {"game_engine": "godot", "game_hulls": 64}, {"game_engine": "godot", "game_lods": 6}]
+    none, some, hulls, lods = (estimates.estimate(recipe, values(recipe, **change)).seconds for change in asked)
+    assert none < some < hulls and some < lods
+
+
 def test_a_faster_machine_shortens_what_the_backend_does_and_not_what_blender_does():
     given = values("reconstruct")
     one, two = (estimates.estimate("reconstruct", given, speed).seconds for speed in (1.0, 2.0))
