@@ -114,7 +114,7 @@ def _look(path: Path) -> tuple[Command | None, str]:
 
 
 def _output(command: list[str]) -> str:
-    with tempfile.TemporaryDirectory(prefix="kiln-blender-", ignore_cleanup_errors=True) as scratch:
+    with tempfile.TemporaryDirectory(prefix="kiln-background-", ignore_cleanup_errors=True) as scratch:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=60, env=_variables(scratch),
             creationflags=getattr(subprocess, "CREATE_NO_WINDOW", 0),
@@ -199,7 +199,7 @@ class Blender:
         """Starts it; what it prints is added to the file `log`. Raises KilnError("blender-died") where it does not come up."""
         folder, protocol = extension()
         self.command, self.log, self.restart = command, Path(log), False
-        self._scratch = tempfile.mkdtemp(prefix="kiln-blender-")
+        self._scratch = tempfile.mkdtemp(prefix="kiln-background-")
         self._number, self._doing = 0, "starting"
         code = START.format(arguments=(str(folder), str(protocol), self._scratch))
         apart: dict[str, Any] = {"start_new_session": True}  # Ctrl-C is for who reads the terminal
