@@ -145,9 +145,7 @@ def _batch_parser(commands: Any) -> None:
     batch = commands.add_parser(
         "batch",
         help="make many assets: of a folder, or of a list in TOML or CSV",
-        description="Makes an asset of every model, picture and splat file of a folder or a list: one folder each in DIR, and a report for"
-        " people (index.html) and for programs (report.json). Models are rendered by Blender in the background while the backend computes"
-        " others. Stopped anywhere, by Ctrl-C, a crash or a power cut, the same command goes on: finished items are not made again.",
+        description=_BATCH_ABOUT,
         epilog=_BATCH_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -497,6 +495,12 @@ def _train_tiny(given: argparse.Namespace) -> int:
 
 # -- batch -----------------------------------------------------------------------------------------------------------------------------
 
+_BATCH_ABOUT = """\
+Makes an asset of every model, picture and splat file of a folder or a list: one folder each in DIR,
+and a report for people (index.html) and for programs (report.json). Models are rendered by Blender
+in the background while the backend computes others. Stopped anywhere, by Ctrl-C, a crash or a power
+cut, the same command goes on: finished items are not made again. More in docs/batch.md.
+"""
 _BATCH_EXAMPLES = """\
 examples:
   kiln batch props/ --out assets --preset draft

@@ -104,7 +104,7 @@ def test_a_table_of_a_spreadsheet(props):
 @pytest.mark.parametrize(
     "text, words",
     [
-        ("file,size\na,1\n", "line 1: 'size' is no column"),
+        ("file,colour\na,1\n", "line 1: 'colour' is no column"),
         ("preset\ndraft\n", "no column `file`"),
         ("file,preset\nchair.glb,draft,x\n", "line 2: 3 cells under 2 columns"),
         ("file\n", "it lists nothing"),
@@ -223,6 +223,20 @@ def test_a_result_never_lies_where_the_report_does(props):
     (props / "thumbnails.glb").write_bytes(b"")
     names = {item.name for item in read(props)}
     assert {"report-2", "thumbnails-2"} <= names and not names & set(manifest.TAKEN_NAMES)
+
+
+def test_the_lists_of_the_documentation_are_good(props):
+    from pathlib import Path
+
+    text = (Path(__file__).parents[3] / "docs" / "batch.md").read_text(encoding="utf-8")
+    blocks = {kind: text.partition(f"```{kind}\n")[2].partition("```")[0] for kind in ("toml", "csv")}
+    for name in ("props/chair.glb", "props/lamp.glb", "level.blend", "hero.fbx"):
+        (props / name).parent.mkdir(exist_ok=True)
+        (props / name).write_bytes(b"")
+    chair, lamp, level, hero = of_toml(props, blocks["toml"])
+    assert all(item.error is None for item in (chair, lamp, level, hero)) and level.object == "Chair*" and hero.recipe == "animate"
+    chair, lamp = of_csv(props, blocks["csv"])
+    assert (chair.name, chair.values["surface.faces"], lamp.name, lamp.values["texture.size"]) == ("Chair", 1500, "lamp", 1024)
 
 
 # What an item is made of
