@@ -15,6 +15,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -202,6 +203,7 @@ class RayEngine:
 
     def _join(self, address: str | None) -> None:
         quiet: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+        before = signal.getsignal(signal.SIGTERM)
         try:
             if address is not None:
                 self._ray.init(address=address, **quiet)
@@ -219,6 +221,9 @@ class RayEngine:
                 without = "`kiln batch` without --engine ray needs none."
                 raise KilnError("unavailable", f"Ray does not start on this machine: {text}", without) from error
             raise KilnError("unavailable", f"No Ray cluster answers at {address}: {text}", JOIN) from error
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGTERM, before)  # Ray's own would leave without a word to the report
 
     def _look_at_nodes(self) -> None:
         """Raises unless every node has this Kiln. A node that joins later refuses the first task it gets instead."""
