@@ -36,7 +36,7 @@ class Parameter:
     @property
     def label(self) -> str:
         words = self.name.rpartition(".")[2].replace("_", " ").capitalize()
-        for spoken in ("SH ", "SSIM", "LPIPS", "FOV"):  # spherical harmonics, structural similarity, field of view
+        for spoken in ("SH ", "SSIM", "LPIPS", "FOV", "LOD"):  # spherical harmonics, structural similarity, field of view, level of detail
             words = words.replace(spoken.capitalize(), spoken)
         return words
 

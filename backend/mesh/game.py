@@ -84,7 +84,6 @@ class GameAsset:
             "pivot": [round(float(value), 6) for value in pivot],
             "up": self.p.up,
             "scale": self.p.scale,
-            "warnings": self.warnings,
         }
 
 

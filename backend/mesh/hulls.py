@@ -7,16 +7,18 @@ own limit does the same by concavity, and ends farther from the mesh's volume (b
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.spatial import ConvexHull, QhullError
 
 from backend.mesh.aside import answer, aside
 from backend.mesh.decimate import decimate
 from backend.mesh.mesh import Mesh
 from backend.progress import Progress, silent
+from protocol.errors import KilnError
 
 FACES = 1500  # of the mesh that is cut: time grows faster than their number, and hulls do not show them
 DETAIL = (0.05, 0.03, 0.015)  # CoACD's concavity threshold, finer where the parts themselves are far off
@@ -42,31 +44,31 @@ class Hulls:
 def hulls(mesh: Mesh, most: int, seed: int = 0, progress: Progress = silent) -> Hulls:
     """At most `most` convex hulls of a closed mesh: fewer where these come within CLOSE of its volume, and within FAR if so many can. The
     same seed gives the same hulls."""
-    size = float(np.ptp(mesh.vertices, axis=0).max())
-    whole = abs(volume(mesh))
+    low, size = mesh.vertices.min(0), float(np.ptp(mesh.vertices, axis=0).max())
+    share = abs(volume(mesh)) / size**3
     coarse = decimate(mesh, FACES)
-    points = (coarse.vertices.astype(np.float64) - mesh.vertices.min(0)) / size  # of one scale, whatever the mesh's
+    points = (coarse.vertices.astype(np.float64) - low) / size  # of one scale, whatever the mesh's
     best: Hulls | None = None
     for number, detail in enumerate(DETAIL):
 
-        def report(done: float, first: float = number, text: str = f"Cutting into convex parts, attempt {number + 1}") -> None:
-            progress((first + 0.8 * done) / len(DETAIL), text)
+        def part(done: float, text: str = f"Cutting into convex parts, attempt {number + 1}", first: float = number) -> None:
+            progress((first + done) / len(DETAIL), text)
 
-        given = {"points": points, "faces": coarse.faces, "detail": detail, "seed": seed}
-        cut = aside("backend.mesh.hulls", given, SECONDS, "Cutting the mesh into convex parts", "Ask for no hulls (game.hulls).", report)
-        parts = np.split(cut["corners"], np.cumsum(cut["counts"])[:-1])
-        progress((number + 0.8) / len(DETAIL), "Merging hulls")
-        merged = _merge(parts, most, whole / size**3, progress)
-        made = [_simple(corners) for corners in merged]
+        given = {"points": points, "faces": coarse.faces, "detail": detail, "seed": seed, "mend": False}
+        words = "Cutting the mesh into convex parts", "Ask for no hulls (game.hulls)."
+        try:
+            cut = aside("backend.mesh.hulls", given, SECONDS, *words, lambda done: part(0.8 * done))
+        except KilnError:  # the surface touches itself somewhere: CoACD makes one that does not, coarser
+            cut = aside("backend.mesh.hulls", {**given, "mend": True}, SECONDS, *words, lambda done: part(0.8 * done))
+        parts = [one for one in map(_corners, np.split(cut["corners"], np.cumsum(cut["counts"])[:-1])) if one is not None]
+        made = [_simple(corners) for corners in _merge(parts, most, share, lambda: part(0.8, "Merging hulls"))]
         found = Hulls(
-            [Mesh((one.vertices * size + mesh.vertices.min(0)).astype(np.float32), one.faces) for one in made],
-            round(abs(union(made) / (whole / size**3) - 1), 4),
+            [Mesh((one.vertices * size + low).astype(np.float32), one.faces) for one in made], round(abs(union(made) / share - 1), 4)
         )
         if best is None or found.error < best.error:
             best = found
-        if best.error <= FAR:
-            break
-        if len(parts) > 4 * most:  # it is their number that keeps them from the mesh, not how it was cut
+        # Finer parts are of no use where these are near enough already, or far more than there may be hulls
+        if best.error <= FAR or sum(ConvexHull(one).volume for one in parts) <= (1 + FAR) * share or len(parts) > 4 * most:
             break
     return best
 
@@ -80,6 +82,8 @@ def volume(mesh: Mesh) -> float:
 def union(parts: list[Mesh]) -> float:
     """Volume of what convex parts fill together: the sum over parts of their volume times the mean over points in it of one over how many
     parts hold the point."""
+    if not parts:
+        return 0.0
     planes = [ConvexHull(part.vertices).equations for part in parts]
     low, high = (np.stack([getattr(part.vertices, end)(0) for part in parts]) for end in ("min", "max"))
     random, total = np.random.default_rng(0), 0.0
@@ -104,10 +108,9 @@ def _inside(part: Mesh, random: np.random.Generator) -> tuple[Float[np.ndarray, 
     return middle + (corner[chosen] * weights[..., None]).sum(1), float(sizes.sum())
 
 
-def _merge(parts: list[Float[np.ndarray, "k 3"]], most: int, whole: float, progress: Progress) -> list[Float[np.ndarray, "k 3"]]:
+def _merge(parts: list[Float[np.ndarray, "k 3"]], most: int, whole: float, report: Callable[[], None]) -> list[Float[np.ndarray, "k 3"]]:
     """Corners of at most `most` hulls, and fewer where the volume stays within CLOSE of `whole`."""
-    live = {number: _corners(part) for number, part in enumerate(parts)}
-    live = {number: part for number, part in live.items() if part is not None}
+    live = dict(enumerate(parts))
     sizes = {number: ConvexHull(part).volume for number, part in live.items()}
     for number in sorted(live, key=lambda number: sizes[number])[:-PARTS]:
         del live[number], sizes[number]
@@ -127,7 +130,7 @@ def _merge(parts: list[Float[np.ndarray, "k 3"]], most: int, whole: float, progr
 
     for number, pair in enumerate(pairs(True)):
         if number % 50 == 0:
-            progress(0.8, "Merging hulls")
+            report()
         weigh(*pair)
     while len(live) > 1:
         if not costs and len(live) > most:
@@ -139,7 +142,7 @@ def _merge(parts: list[Float[np.ndarray, "k 3"]], most: int, whole: float, progr
         added, corners = costs[one, other]
         if len(live) <= most and abs((sum(sizes.values()) + added) / whole - 1) > CLOSE:
             break
-        progress(0.8, "Merging hulls")
+        report()
         live[one], sizes[one] = corners, sizes[one] + sizes[other] + added
         boxes[one] = corners.min(0), corners.max(0)
         del live[other], sizes[other]
@@ -185,14 +188,18 @@ def _simple(points: Float[np.ndarray, "n 3"]) -> Mesh:
 
 
 def _cut(
-    points: Float[np.ndarray, "n 3"], faces: Int[np.ndarray, "f 3"], detail: Float[np.ndarray, ""], seed: Int[np.ndarray, ""]
+    points: Float[np.ndarray, "n 3"],
+    faces: Int[np.ndarray, "f 3"],
+    detail: Float[np.ndarray, ""],
+    seed: Int[np.ndarray, ""],
+    mend: Bool[np.ndarray, ""],
 ) -> dict[str, np.ndarray]:
     """What the process of `hulls` does. The search is a short one: a longer one takes three times the time and changes the number of parts
     by one in thirty."""
     import coacd
 
     coacd.set_log_level("error")
-    settings = {"merge": False, "preprocess_mode": "off", "mcts_nodes": 10, "mcts_iterations": 40, "mcts_max_depth": 2}
+    settings = {"merge": False, "preprocess_mode": "on" if mend else "off", "mcts_nodes": 10, "mcts_iterations": 40, "mcts_max_depth": 2}
     parts = coacd.run_coacd(coacd.Mesh(points, faces), threshold=float(detail), seed=int(seed), **settings)
     corners = [part for part, _ in parts]
     return {"corners": np.concatenate(corners), "counts": np.array([len(part) for part in corners])}

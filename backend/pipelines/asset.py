@@ -64,7 +64,7 @@ class Asset:
         Image.fromarray(self.scores.preview).save(folder / "preview.png")
         report = {**self.report, **self.scores.figures}
         if self.game is not None:
-            report["game"] = self.game.save(folder / "game.glb", self.frame)
+            report |= {"game": self.game.save(folder / "game.glb", self.frame), "warnings": self.game.warnings}
         (folder / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
 
 

@@ -132,7 +132,7 @@ def test_maps_keep_to_the_channels(full, chain, channels, kept, lost, tmp_path):
     assert game.used_channels(mesh) == kept and len(warnings) == len(lost)
     assert all(word in sentence for word, sentence in zip(lost, warnings))
     report = dataclasses.replace(made(full, chain), mesh=mesh, warnings=warnings).save(tmp_path / "game.glb", FRAME)
-    assert report["channels"] == kept and report["warnings"] == warnings
+    assert report["channels"] == kept
     told = document(tmp_path / "game.glb")
     material = told["materials"][0]
     pictures = 1 + ("normals" in kept) + ("surface" in kept) + ("emission" in kept)
@@ -212,6 +212,7 @@ def test_a_job_makes_game_glb_beside_the_mesh_and_goes_on_from_finished_stages(t
         results.append(json.loads((tmp_path / name / "report.json").read_text("utf-8")))
     assert {"Extract surface", "Decimate", "Bake normals", "Levels of detail", "Collision hulls"} <= set(results[1]["cached_stages"])
     told = results[0]["game"]
+    assert results[0]["warnings"] == []
     read = trimesh.load(tmp_path / "first" / "game.glb", process=False).geometry
     assert [len(read[f"ball_1_LOD{number}"].faces) for number in range(3)] == [one["faces"] for one in told["levels"]]
     assert told["levels"][0]["faces"] <= 600 and told["levels"][1]["faces"] <= 300 and told["levels"][2]["faces"] <= 150
