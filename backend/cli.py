@@ -583,7 +583,7 @@ def _engine(given: argparse.Namespace, out: Path, bar: _Bar) -> Any:
 
 def _plan_batch(works: list[Any], workers: int) -> int:
     """Prints what a batch would do."""
-    from backend.batch import items, report, run
+    from backend.batch import items, report
 
     seconds = most = 0.0
     for work in works:
@@ -591,15 +591,15 @@ def _plan_batch(works: list[Any], workers: int) -> int:
         if item.error is None:
             size = size_text(sum(file.stat().st_size for file in items.sources(item) if file.is_file()))
         doing = {"done": "is finished", "failed": "fails"}.get(work.state, "is left out")
-        if work.state == "waiting" and not work.text:
-            in_blender, computing = run.cost(item)
+        if work.state == "waiting" and not work.left_out:
+            in_blender, computing = work.cost
             doing = "to capture" if item.kind == "model" else "to compute"
             seconds += computing + in_blender * (item.kind == "model")
-            most = max(most, run.memory(item))
+            most = max(most, work.memory)
         print(f"{item.name:<32} {doing:<12} {item.recipe:<12} {item.preset:<9} {size:>8}  {item.file.name}".rstrip())
         if work.error is not None:
             print(f"{'':<32} {work.error}")
-    count = sum(work.state == "waiting" and not work.text for work in works)
+    count = sum(work.state == "waiting" and not work.left_out for work in works)
     about = f", about {report.duration(seconds)} on two quiet cores, {size_text(workers * most)} of memory at most" if count else ""
     print(f"{count} of {len(works)} items to make{about}.")
     return FAILED if any(work.state == "failed" for work in works) else DONE

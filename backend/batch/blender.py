@@ -31,6 +31,7 @@ OLDEST = (4, 2)
 START_SECONDS = 180  # a first start on a slow disk reads a gigabyte
 QUIET_SECONDS = 1800  # without a word from a request: one view of the largest subjects takes minutes, a huge file some more
 LOG_BYTES = 20 << 20
+MISSING = ("no-blender", "no-extension")  # errors that no file is to blame for
 Progress = Callable[[float, str], None]
 
 # Runs in Blender: the extension's modules as a package that is not the extension, so that neither its panel nor its wheels are wanted.

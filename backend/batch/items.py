@@ -109,7 +109,7 @@ class Folder:
 
     def record(self) -> dict[str, Any] | None:
         """item.json, of whatever was finished here."""
-        return _read(self.results / RECORD)
+        return read_json(self.results / RECORD)
 
     def finished(self, fingerprint: str) -> dict[str, Any] | None:
         """item.json if it is of this fingerprint and all of its files are there."""
@@ -123,7 +123,7 @@ class Folder:
 
     def captured(self, fingerprint: str) -> dict[str, Any] | None:
         """What `keep_captured` kept, its paths made whole."""
-        found = _read(self.work / "inputs.json")
+        found = read_json(self.work / "inputs.json")
         if found is None or found.get("fingerprint") != fingerprint:
             return None
         files = {name: self.work / path for name, path in found["inputs"].items()}
@@ -131,7 +131,7 @@ class Folder:
 
     def failure(self, fingerprint: str) -> KilnError | None:
         """Why an earlier run gave it up."""
-        found = _read(self.work / "failure.json")
+        found = read_json(self.work / "failure.json")
         return KilnError.from_wire(found["error"]) if found is not None and found.get("fingerprint") == fingerprint else None
 
     # -- What this run leaves -----------------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def write_text(path: Path, text: str) -> None:
     patiently(lambda: disk.write(path, [text.encode()], path.parent, durable=False))
 
 
-def _read(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     """A JSON map, or None where there is none that can be read."""
     try:
         found = json.loads(path.read_bytes())

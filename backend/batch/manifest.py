@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from backend.batch import blender
 from protocol import picture, recipes
 from protocol.errors import KilnError
 
@@ -100,7 +101,8 @@ def read(path: Path, overrides: Overrides, out: Path, say: Callable[[str], None]
 
 
 def resolved(items: Iterable[Item], ask: Callable[[Item], list[dict[str, str]]]) -> list[Item]:
-    """The items with each `.blend` taken apart into its objects or collections. ask: what Blender finds, or a KilnError."""
+    """The items with each `.blend` taken apart into its objects or collections. ask: what Blender finds, or a KilnError;
+    one that says that there is no Blender is nobody's own and raised."""
     found: list[Item] = []
     for item in items:
         if not item.has_many:
@@ -118,6 +120,8 @@ def resolved(items: Iterable[Item], ask: Callable[[Item], list[dict[str, str]]])
                 for subject in subjects
             ]
         except KilnError as error:
+            if error.code in blender.MISSING:
+                raise
             found.append(dataclasses.replace(item, error=_at(item.where, error)))
     return found
 

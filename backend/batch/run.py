@@ -13,8 +13,8 @@ import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +24,7 @@ from backend.batch.captures import Blenders, News
 from backend.batch.engine import ENDS_ALL, Engine, Event
 from backend.batch.items import Folder
 from backend.batch.manifest import Item
-from protocol import estimates
+from backend.batch.work import Work, seconds_left
 from protocol.errors import KilnError
 
 ATTEMPTS = 2  # failures are tried once more, after all others
@@ -61,40 +61,6 @@ class Options:
     def place(self) -> Path:
         """Where this run has its lock and its report: the folder of results, or for a shard one of its own."""
         return self.out if self.shard is None else self.out / items.WORK / SHARDS / "{}-of-{}".format(*self.shard)
-
-
-@dataclass
-class Work:
-    """An item on its way. `state`: waiting, capturing, queued, computing, done, failed, cancelled."""
-
-    item: Item
-    folder: Folder
-    state: str = "waiting"
-    fingerprint: str = ""
-    stage: str = ""
-    fraction: float = 0.0
-    text: str = ""
-    attempts: int = 0
-    error: KilnError | None = None
-    warnings: list[str] = field(default_factory=list)  # somebody should look
-    notes: list[str] = field(default_factory=list)  # what the job said, and how it got its name
-    seconds: dict[str, float] = field(default_factory=dict)  # capture, queue, compute
-    figures: dict[str, Any] = field(default_factory=dict)
-    inputs: dict[str, Path] | None = None  # once captured
-    values: dict[str, Any] = field(default_factory=dict)  # as captured
-    source: dict[str, Any] = field(default_factory=dict)  # where it stands, for who imports the result
-    job: str = ""  # the engine's id, once submitted
-    submitted: float = 0.0
-    begun: float = 0.0
-    record: dict[str, Any] | None = None  # item.json, once the results are there
-    is_old: bool = False  # finished by an earlier run
-
-    def at(self, state: str, stage: str = "", fraction: float = 0.0, text: str = "") -> None:
-        self.state, self.stage, self.fraction, self.text = state, stage, fraction, text
-
-    def add(self, texts: Iterable[str], kind: str = "warnings") -> None:
-        found: list[str] = getattr(self, kind)
-        found += [text for text in dict.fromkeys(texts) if text and text not in found]
 
 
 def run(found: list[Item], options: Options, connect: Callable[[], Engine], tell: Tell) -> dict[str, Any]:
@@ -179,6 +145,7 @@ class Batch:
         logs = scratch or options.place / items.WORK
         self.blenders = Blenders(options.captures, lambda: blender.find(options.blender), logs / "blender.log")
         self.told: dict[str, Any] = {}
+        self.before: dict[str, Any] = items.read_json(options.place / "report.json") or {}  # of the run before
         self.library: dict[str, Any] | None = None
         self.started = time.time()
         self.largest = 0  # bytes of a capture so far
@@ -197,7 +164,7 @@ class Batch:
             work = Work(item, Folder(self.out, item.name), notes=[item.note] if item.note else [])
             self.works.append(work)
             if self.options.shard is not None and number % self.options.shard[1] != self.options.shard[0] - 1:
-                work.text = "left out by --shard"
+                work.leave_out("--shard")
             else:
                 self._look(work)
 
@@ -208,12 +175,14 @@ class Batch:
         with contextlib.suppress(OSError, ValueError):
             return json.loads(kept.read_bytes())["subjects"]
         fields = {"object": item.object or None, "collection": item.collection or None, "recipe": item.recipe}
-        self.blenders.give(item.number, "list", file=str(item.file), **fields)
+        self.blenders.give(1, "list", file=str(item.file), **fields)
         while True:
             if self.keeps:
                 self.stop_if_asked()
             for news in self.blenders.take(QUIET_TURN_SECONDS):
-                if news.error is not None:
+                if news.error is not None and news.key < ATTEMPTS:
+                    self.blenders.give(news.key + 1, "list", file=str(item.file), **fields)
+                elif news.error is not None:
                     raise news.error
                 if news.answer is not None:
                     if self.keeps:
@@ -239,13 +208,16 @@ class Batch:
             work.add(record.get("notes", ()), "notes")
             if self._is_complete(work):
                 work.at("done", fraction=1.0, text="finished earlier")
+                if self.keeps:  # what a run that was killed did not get to
+                    self._show_result(work)
+                    folder.clear_work()
                 return
         elif failure is not None and not self.options.retry_failed:
             work.at("failed", text="failed in an earlier run")
             work.error = failure
             return
         if self.options.only and not manifest.matches(item, self.options.only):
-            work.text = "left out by --only"
+            work.leave_out("--only")
             return
         self.waiting.append(work)
 
@@ -382,15 +354,18 @@ class Batch:
             {
                 "fingerprint": work.fingerprint, "name": work.item.name, "file": str(work.item.file), "subject": work.item.subject,
                 "recipe": work.item.recipe, "preset": work.item.preset, "parameters": work.values, "seconds": work.seconds,
-                "figures": work.figures, "warnings": work.warnings, "source": work.source,
+                "figures": work.figures, "warnings": work.warnings, "notes": work.notes, "source": work.source,
             }
         )  # fmt: skip
-        report.thumbnail(folder.results / "preview.png", self.out, work.item.name, "result")
+        self._show_result(work)
         engine.forget(work.job)
         if self._is_complete(work):
             self._finish(work)
         else:
             self._export(work)
+
+    def _show_result(self, work: Work) -> None:
+        report.thumbnail(work.folder.results / "preview.png", self.out, work.item.name, "result")
 
     def _export(self, work: Work) -> None:
         """Has an FBX made of the game's file if there is one, else of the mesh with its bones, else of the mesh."""
@@ -455,7 +430,7 @@ class Batch:
         except KilnError as error:
             if error.code == "no-space":
                 raise self._full(error.message) from error
-            if error.code in ENDS_ALL or error.code == "no-blender":
+            if error.code in (*ENDS_ALL, *blender.MISSING):
                 raise
             self._fail(work, error)
 
@@ -484,6 +459,14 @@ class Batch:
             for work in self.works
             if work.state == "done"
         ]
+        before = (self.before.get("library") or {}) if self.options.library.exists() else {}
+        if (
+            before.get("file") == str(self.options.library)
+            and not before["error"]
+            and all(work.is_old for work in self.works if work.record)
+        ):
+            self.library = before  # nothing has been made since
+            return
         self.library = {"file": str(self.options.library), "assets": 0, "error": None}
         if not assets:
             return
@@ -508,7 +491,7 @@ class Batch:
                 for id in self.jobs:
                     self.engine.cancel(id)
         for work in self.works:
-            if work.state in ("capturing", "queued", "computing") or work.state == "waiting" and not work.text.startswith("left out"):
+            if work.state in ("capturing", "queued", "computing") or work.state == "waiting" and not work.left_out:
                 work.at("cancelled")
 
     def close(self) -> None:
@@ -522,10 +505,10 @@ class Batch:
 
     def write(self) -> None:
         """Says how far it is: on the terminal, and in report.json and index.html, about once a second."""
-        self._tell()
         if self.writer.is_due():
             self.told = self._report("running")
             self._write()
+            self._tell(self.told["seconds_left"])
 
     def end(self, state: str, error: KilnError | None = None) -> None:
         """Writes the report of a run that is over; one that failed has another error to tell than that this cannot be written."""
@@ -542,89 +525,24 @@ class Batch:
         except KilnError as error:
             raise self._full(error.message) if error.code == "no-space" else error from None
 
-    def _tell(self) -> None:
-        wanted = [work for work in self.works if work.item.error is None]
-        if not wanted:
-            return
-        busy = [
-            f"{work.item.name} {work.stage.lower() or work.state} {100 * work.fraction:.0f}%"
-            for work in wanted
-            if work.state in ("capturing", "computing")
-        ]
+    def _tell(self, left: float | None) -> None:
         counts = {state: sum(work.state == state for work in self.works) for state in ("done", "failed")}
-        left = self._seconds_left()
+        busy = [work for work in self.works if work.state in ("capturing", "computing")]
         parts = [
             f"{counts['done']} of {len(self.works)} done", f"{counts['failed']} failed" if counts["failed"] else "",
-            f"{report.duration(left)} left" if left else "", *busy,
+            f"{report.duration(left)} left" if left else "",
+            *(f"{work.item.name} {work.stage.lower() or work.state} {100 * work.fraction:.0f}%" for work in busy),
         ]  # fmt: skip
-        over = sum(1.0 if work.state in ("done", "failed") else 0.5 * (work.state == "computing") * work.fraction for work in self.works)
-        self.tell.show(over / len(self.works), " · ".join(filter(None, parts)))
-
-    def _seconds_left(self) -> float | None:
-        """From what finished items took over what the cost model says of them, by recipe and preset; None before the first has finished.
-
-        Captures and jobs run side by side, so the longer of the two queues counts.
-        """
-        taken: dict[tuple[str, str], list[float]] = {}
-        shares: dict[tuple[str, str], list[float]] = {}
-        for work in self.works:
-            compute = work.seconds.get("compute", 0.0)
-            if work.state == "done" and compute:
-                for key in ((work.item.recipe, work.item.preset), ("", "")):
-                    taken.setdefault(key, []).append(compute / cost(work.item)[1])
-                    shares.setdefault(key, []).append(work.seconds.get("capture", 0.0) / cost(work.item)[0])
-        if not taken:
-            return None
-        in_blender = computing = 0.0
-        for work in self.works:
-            if work.state in ("done", "failed", "cancelled") or work.text.startswith("left out"):
-                continue
-            key = (work.item.recipe, work.item.preset)
-            key = key if key in taken else ("", "")
-            captures, computes = cost(work.item)
-            if work.state in ("waiting", "capturing") and work.item.kind == "model":
-                in_blender += captures * _mean(shares[key]) * (1 - (work.state == "capturing") * work.fraction)
-            begun = time.monotonic() - work.begun if work.state == "computing" and work.begun else 0.0
-            computing += max(computes * _mean(taken[key]) - begun, 0.0)
-        slots = self.engine.slots if self.engine is not None else 1
-        return round(max(in_blender / self.options.captures, computing / slots), 1)
+        self.tell.show(sum(counts.values()) / max(len(self.works), 1), " · ".join(filter(None, parts)))
 
     def _report(self, state: str, error: KilnError | None = None) -> dict[str, Any]:
-        return {
-            **report.head(state, self.started, self._seconds_left() if state == "running" else None, self.out, self.options.manifest),
-            "error": error.to_wire() if error else None, "library": self.library,
-            "items": [
-                {
-                    "name": work.item.name, "file": str(work.item.file), "object": (work.item.subject or {}).get("name", ""),
-                    "recipe": work.item.recipe, "preset": work.item.preset, "state": work.state, "stage": work.stage,
-                    "fraction": round(work.fraction, 3), "text": work.text, "attempts": work.attempts,
-                    "error": work.error.to_wire() if work.error else None, "warnings": work.warnings, "notes": work.notes,
-                    "folder": str(work.folder.results), "seconds": work.seconds, "figures": work.figures, "earlier": work.is_old,
-                }
-                for work in self.works
-            ],
-        }  # fmt: skip
+        left = self._seconds_left() if state == "running" else None
+        whole = report.head(state, self.started, left, self.out, self.options.manifest)
+        rest = {"error": error.to_wire() if error else None, "library": self.library, "items": [work.told() for work in self.works]}
+        return {**whole, **rest}
 
-
-def cost(item: Item) -> tuple[float, float]:
-    """What the cost model says of an item's capture and job, seconds on two cores; (1, 1) for recipes that it does not know."""
-    try:
-        in_blender, computing = (of(item.recipe, item.values) for of in (estimates.blender_seconds, estimates.backend_seconds))
-        return max(in_blender, 1e-3), max(computing, 1e-3)
-    except (KeyError, KilnError):
-        return 1.0, 1.0
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def memory(item: Item) -> float:
-    """Bytes that a worker takes for the item at most; 0 for recipes that the cost model does not know."""
-    try:
-        return estimates.peak_bytes(item.recipe, item.values)
-    except (KeyError, KilnError):
-        return 0.0
+    def _seconds_left(self) -> float | None:
+        return seconds_left(self.works, self.options.captures, self.engine.slots if self.engine is not None else 1)
 
 
 def exit_code(told: dict[str, Any]) -> int:

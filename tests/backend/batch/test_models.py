@@ -13,8 +13,9 @@ from PIL import Image
 from backend.batch import blender
 from protocol.errors import KilnError
 
+# Small, but with as many views as give time to kill Blender among them.
 TINY = {
-    "capture.views": 4, "capture.size": 64, "capture.holdout": 2, "fit.splats": 500, "fit.iterations": 50, "surface.grid": 32,
+    "capture.views": 16, "capture.size": 160, "capture.holdout": 2, "fit.splats": 500, "fit.iterations": 50, "surface.grid": 32,
     "surface.faces": 200, "texture.size": 64,
 }  # fmt: skip
 SCENE = """
