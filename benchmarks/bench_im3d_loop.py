@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from backend import weights
+from backend.diffusion import wan
 from backend.diffusion.matte import matte
 from backend.diffusion.turntable import generate, refine
 from backend.mesh.measure import psnr
@@ -27,6 +29,7 @@ from backend.views.picture import Picture
 from benchmarks.bench_im3d_fit import gmsd
 from protocol import recipes
 
+MODEL = "kiln-tiny-turntable"
 FIRST = 900_000  # seeds from here on are no training data
 SIZE = 64
 
@@ -36,8 +39,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--objects", type=int, default=20)
     parser.add_argument("--iterations", type=int, default=600)
     parser.add_argument("--strength", type=float, default=recipes.Iterate().strength)
+    parser.add_argument("--steps", type=int, help="of denoising in a round; default: the model's own")
+    parser.add_argument("--model", type=Path, help="a folder as diffusers writes it, in place of the shipped one; it is called as that is")
     parser.add_argument("--sheet", type=Path, help="where to put a picture of the first objects")
     given = parser.parse_args(arguments)
+    if given.steps:
+        wan.SPECS[MODEL] = replace(wan.SPECS[MODEL], again=given.steps)
+    if given.model:
+        weights.SHIPPED = given.model.absolute().parent
     rows, pictures = [], []
     print("| object | family | agreement without | with a round | held out without | with | GMSD without | with |\n" + "|---" * 8 + "|")
     for number in range(given.objects):
@@ -63,7 +72,7 @@ def loop(seed: int, family: int, iterations: int, strength: float) -> tuple[list
     """The row of the table, and a picture: generated views, splats without, refined views, splats with, the truth; four views each."""
     thing = objects.make(seed, family)
     elevation = float(np.random.default_rng(seed).uniform(*turntables.ELEVATIONS))
-    p = recipes.Im3d(generate=recipes.Generate(model="kiln-tiny-turntable"), fit=recipes.FitImages(iterations=iterations, splats=5000))
+    p = recipes.Im3d(generate=recipes.Generate(model=MODEL), fit=recipes.FitImages(iterations=iterations, splats=5000))
     color, alpha = turntables.picture(thing, Orbit.turn(1, elevation, turntables.FOV).cameras(4 * SIZE)[0])
     picture = Picture(np.dstack([color, alpha]).astype(np.float32))
     turn = generate(picture.rgba, p.generate, seed)
@@ -73,7 +82,15 @@ def loop(seed: int, family: int, iterations: int, strength: float) -> tuple[list
     without, _ = fit_images(first, p.fit, seed, None, iterations, None)
     before, after = parts(iterations, 1)
     splats, _ = fit_images(first, p.fit, seed, None, before, None)
-    again = refine(turn, drawn(splats, turn.path(orbit).cameras(SIZE)), picture.rgba, p.generate, strength, p.iterate.steps, seed + 1)
+    again = refine(
+        turn,
+        drawn(splats, turn.path(orbit).cameras(SIZE)),
+        picture.rgba,
+        p.generate,
+        strength,
+        max(p.iterate.steps, wan.SPECS[MODEL].again),
+        seed + 1,
+    )
     second = as_views(again.frames, matte(again.frames, "border"), orbit, picture)
     refined, _ = fit_images(second, p.fit, seed, splats, after, None)
 

@@ -336,7 +336,7 @@ class Iterate:
     """Renders noised and denoised by the video model, and fitted again (IM-3D, section 3.4)."""
 
     rounds: int = _number(2, 0, 10, "How often the renders go back to the video model.")
-    steps: int = _number(10, 1, 100, "Denoising steps of each round.")
+    steps: int = _number(10, 1, 100, "Denoising steps of each round, at most: kiln-tiny-turntable takes one.")
     strength: float = _number(0.5, 0.05, 1.0, "How much noise the renders get: the share of the schedule that is run again.", advanced=True)
 
 

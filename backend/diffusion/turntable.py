@@ -73,9 +73,9 @@ class Turntable(Protocol):
         keep: Bool[np.ndarray, "n"] | None = None,
         progress: Progress = silent,
     ) -> Float[np.ndarray, "n s s 3"]:
-        """The frames noised up to the share `strength` in (0, 1] of the schedule and denoised in `steps` steps (1: from pure noise, the
-        frames count only where they are kept). Conditioned as `generate` is; the frame that shows the picture's own view is the picture.
-        keep: frames that are known: they steer the others at every step and come back as they were."""
+        """The frames noised up to the share `strength` in (0, 1] of the schedule and denoised in at most `steps` steps (1: from pure noise,
+        the frames count only where they are kept). Conditioned as `generate` is; the frame that shows the picture's own view is the
+        picture. keep: frames that are known: they steer the others at every step and come back as they were."""
 
 
 @dataclass(frozen=True)

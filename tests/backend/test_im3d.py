@@ -72,7 +72,7 @@ def test_a_picture_becomes_an_asset_that_stands_on_the_ground_one_metre_long(mad
     assert np.allclose((mesh.bounds[0] + mesh.bounds[1])[[0, 2]], 0, atol=1e-4)
     report = json.loads((out / "report.json").read_text())
     assert report["recipe"] == "im3d" and len(report["agreement"]) == 2
-    assert report["evaluations"] == 3 + 2  # the small model needs no guidance: one evaluation a step
+    assert report["evaluations"] == 3 + 1  # the small model needs no guidance, one evaluation a step, and refines in one
     assert (out / "turntable.png").exists() and len(views_in(out)) == 16
 
 

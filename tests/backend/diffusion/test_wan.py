@@ -1,5 +1,7 @@
 """The denoising loop against diffusers' own pipeline, and what only ours can: starting in the middle, and keeping frames."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -72,6 +74,19 @@ def test_hardly_any_noise_leaves_the_frames_and_all_of_it_nothing_of_them(instal
     ]
     assert errors[0] < 1e-3 and errors == sorted(errors) and errors[-1] > 10 * errors[0]
     assert np.array_equal(model.refine(frames, picture, "", None, 3, 1.0, 1.0, 7), model.generate(picture, "", None, 3, 1.0, 7))
+
+
+def test_a_model_that_refines_in_few_steps_takes_no_more(installed, picture, monkeypatch):
+    model, frames = loading.load("plain"), rendered(picture)
+    monkeypatch.setattr(model, "spec", replace(model.spec, again=1))
+
+    def refined(steps, strength):
+        before = model.evaluations
+        return model.refine(frames, picture, "", None, steps, strength, 1.0, 7), model.evaluations - before
+
+    many, count = refined(10, 0.5)
+    assert count == 1 and np.array_equal(many, refined(1, 0.5)[0])
+    assert refined(3, 1.0)[1] == 3  # views that are made anew come from noise alone
 
 
 def test_the_input_view_stays_the_input(installed, picture):
