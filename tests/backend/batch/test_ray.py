@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -241,6 +242,35 @@ def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path, unused_tcp_port):
         with pytest.raises(KilnError) as refused:
             RayEngine(tmp_path / "scratch", address)
         assert refused.value.code == code and address in refused.value.message
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="asks processes what they listen on, as POSIX lets their owner")
+def test_a_cluster_that_kiln_starts_hears_on_loopback_and_ends_with_the_batch(tmp_path):
+    pytest.importorskip("ray", reason="Ray is an optional extra: pip install -r requirements/ray.txt")
+    import psutil
+
+    (tmp_path / "asset" / "in").mkdir(parents=True)
+    (tmp_path / "asset" / "in" / "text.txt").write_text("hello")
+    (tmp_path / "list.toml").write_text('[[items]]\nfile = "asset"\nrecipe = "steps"\nparameters = { seconds = 0.5, size = 10 }\n')
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
+        "KILN_HOME": str(tmp_path / "home"), "KILN_TEST_MARKS": str(tmp_path / "marks"), "KILN_PIPELINES": "tests.backend.steps_recipe",
+        "PYTHONPATH": str(Path(__file__).parents[3]),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "backend.cli", "batch", "list.toml", "--out", "out", "--engine", "ray"]
+    batch = psutil.Popen(command, cwd=tmp_path, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    until = time.monotonic() + PATIENCE
+    while not (tmp_path / "marks").exists():  # in the second stage
+        assert batch.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    processes = [batch, *batch.children(recursive=True)]
+    listening = [one.laddr.ip for process in processes for one in process.net_connections("inet") if one.status == psutil.CONN_LISTEN]
+    assert len(listening) >= 4 and all(ip.removeprefix("::ffff:") == "127.0.0.1" for ip in listening)
+    said = batch.communicate(timeout=PATIENCE)[0]
+    assert batch.returncode == 0 and "1 done" in said, said
+    assert (tmp_path / "out" / "asset" / "sum.txt").exists()
+    assert [path.name for path in (tmp_path / "out" / ".work").iterdir() if path.name != "lock"] == []
+    assert not list(Path("/tmp").glob(f"kiln-ray-{batch.pid}-*"))
+    assert psutil.wait_procs(processes, timeout=10)[1] == []
 
 
 def test_results_arrive_whole_or_not_at_all(tmp_path):
