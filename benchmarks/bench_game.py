@@ -1,10 +1,10 @@
 # environment: backend
 """What a game engine gets: levels of detail with their errors and where they switch, the volume error of collision hulls, and what a normal
-map of the dense surface gains. For every folder of views, with their depth; without --views, on a built-in ball.
+map gains. For every folder of views, with their depth; without --views, on a built-in ball.
 
-Gain: renders of the mesh as grey clay (matt and a little glossy) under three lights from 8 sides that no view has, 256 pixels, whole
-picture, black background; PSNR of the budget mesh against the same renders of the dense surface, and, where --meshes has NAME.glb, of
-the true mesh, without the map, with the map of the dense surface, and with the one that the views' own normals make.
+Gain: the mesh as grey clay (matt and a little glossy) under three lights, whole picture, black background, PSNR. Against the dense surface
+that it was decimated from: 256 pixels, from 8 sides that no view has. Against the source itself: its normals as the held-out views have
+them, by whatever bump and normal maps it has. Without a map, with the dense surface's, and with the one that the views' normals make.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from backend.mesh.measure import psnr
 from backend.mesh.mesh import Mesh, TexturedMesh
 from backend.mesh.unwrap import unwrap
 from backend.views.ball import ball
-from backend.views.cameras import look_at
-from backend.views.views import Frame, Views, load
+from backend.views.cameras import Camera, look_at
+from backend.views.views import Views, load
 from protocol import recipes
 
 SIDES, PIXELS = 8, 256
@@ -37,21 +37,28 @@ LIGHTS = (((0.6, -0.5, 0.6), 0.75), ((-0.8, -0.2, 0.3), 0.35), ((0.1, 0.9, 0.2),
 AMBIENT, MATT, GLOSS, SHINE = 0.08, 0.8, 0.15, 24
 
 
-def lit(mesh: TexturedMesh) -> list[np.ndarray]:
-    """Pictures of clay, by Blinn and Phong's light, linear values encoded to sRGB."""
-    pictures = []
+def sides() -> list[Camera]:
+    cameras = []
     for number in range(SIDES):
         height, turn = 0.8 * (2 * (number + 0.5) / SIDES - 1), 2.4 * number
         eye = np.array([np.cos(turn) * np.sqrt(1 - height**2), np.sin(turn) * np.sqrt(1 - height**2), height])
-        camera = look_at(eye * 3.5, (0, 0, 0), PIXELS, 0.6)
-        normal, there = raster.normals(mesh, camera)
-        light = np.full(there.shape, AMBIENT, np.float32)
-        for direction, strength in LIGHTS:
-            towards = np.asarray(direction) / np.linalg.norm(direction)
-            half = (towards + eye) / np.linalg.norm(towards + eye)
-            light += strength * (MATT * np.maximum(normal @ towards, 0) + GLOSS * np.maximum(normal @ half, 0) ** SHINE)
-        pictures.append(raster.srgb_from_linear(np.where(there, light, 0)))
-    return pictures
+        cameras.append(look_at(eye * 3.5, (0, 0, 0), PIXELS, 0.6))
+    return cameras
+
+
+def clay(normals: np.ndarray, there: np.ndarray, camera: Camera) -> np.ndarray:
+    """By Blinn and Phong's light, linear values encoded to sRGB."""
+    eye = camera.centre / np.linalg.norm(camera.centre)
+    light = np.full(there.shape, AMBIENT, np.float32)
+    for direction, strength in LIGHTS:
+        towards = np.asarray(direction) / np.linalg.norm(direction)
+        half = (towards + eye) / np.linalg.norm(towards + eye)
+        light += strength * (MATT * np.maximum(normals @ towards, 0) + GLOSS * np.maximum(normals @ half, 0) ** SHINE)
+    return raster.srgb_from_linear(np.where(there, light, 0))
+
+
+def lit(mesh: TexturedMesh, cameras: list[Camera]) -> list[np.ndarray]:
+    return [clay(*raster.normals(mesh, camera), camera) for camera in cameras]
 
 
 def blank(mesh: Mesh, size: int) -> TexturedMesh:
@@ -60,31 +67,25 @@ def blank(mesh: Mesh, size: int) -> TexturedMesh:
     return TexturedMesh(mesh.vertices[source], normals, uv, faces, np.full((size, size, 3), 128, np.uint8))
 
 
-def shown(mesh: Mesh, normals: np.ndarray | None = None) -> TexturedMesh:
+def shown(mesh: Mesh) -> TexturedMesh:
     """To be drawn by its normals alone."""
-    normals = vertex_normals(mesh) if normals is None else normals
-    grey = np.full((8, 8, 3), 128, np.uint8)
-    return TexturedMesh(mesh.vertices, normals.astype(np.float32), np.zeros((len(normals), 2), np.float32), mesh.faces, grey)
+    grey, normals = np.full((8, 8, 3), 128, np.uint8), vertex_normals(mesh).astype(np.float32)
+    return TexturedMesh(mesh.vertices, normals, np.zeros((len(normals), 2), np.float32), mesh.faces, grey)
 
 
-def true_mesh(path: Path, frame: Frame) -> TexturedMesh:
-    """As the file's own normals shade it, in the views' frame; the file has Y up."""
-    whole = trimesh.load(path, process=False).to_geometry()
-    vertices, normals = (np.stack([v[:, 0], -v[:, 2], v[:, 1]], 1) for v in (whole.vertices, whole.vertex_normals))
-    mesh = Mesh(((vertices - frame.centre) * frame.scale).astype(np.float32), whole.faces.astype(np.int32))
-    return shown(mesh, normals)
+def likeness(mesh: TexturedMesh, cameras: list[Camera], truth: list[np.ndarray]) -> float:
+    return float(np.mean([psnr(one, other) for one, other in zip(lit(mesh, cameras), truth)]))
 
 
-def likeness(mesh: TexturedMesh, truth: list[np.ndarray]) -> float:
-    return float(np.mean([psnr(one, other) for one, other in zip(lit(mesh), truth)]))
-
-
-def measured(name: str, views: Views, meshes: Path | None, options: argparse.Namespace) -> dict:
+def measured(name: str, views: Views, options: argparse.Namespace) -> dict:
     surface = dense(None, views, recipes.Surface(grid=options.grid))
     found: dict = {"name": name, "dense": len(surface.faces), "gain": []}
-    sources = {"dense": lit(shown(surface))}
-    if meshes is not None and (meshes / f"{name}.glb").is_file():
-        sources["true"] = lit(true_mesh(meshes / f"{name}.glb", views.frame))
+    cameras, held = sides(), views.for_scoring
+    sources = {"dense surface": (cameras, lit(shown(surface), cameras))}
+    if views.normals is not None:
+        normals = held.normals.astype(np.float32)
+        there = (normals != 0).any(-1)
+        sources["held-out views"] = held.cameras, [clay(*each) for each in zip(normals, there, held.cameras)]
     for faces in options.faces:
         mesh = decimate(surface, faces)
         plain = blank(mesh, options.size)
@@ -92,7 +93,7 @@ def measured(name: str, views: Views, meshes: Path | None, options: argparse.Nam
         if views.normals is not None:
             kinds["of the views"] = bake(mesh, None, views, recipes.Texture(size=options.size))
         for source, truth in sources.items():
-            scores = {kind: likeness(one, truth) for kind, one in kinds.items()}
+            scores = {kind: likeness(one, *truth) for kind, one in kinds.items()}
             found["gain"].append({"faces": len(mesh.faces), "source": source, **scores})
     started = time.process_time()
     chain = levels(plain, budgets(len(plain.faces), 0.5, options.levels))
@@ -126,9 +127,7 @@ def tables(results: list[dict]) -> None:
         for row in one["hulls"]:
             cells = f"{row['most']} | {row['made']} | {100 * row['error']:.1f} % | {row['seconds']:.1f}"
             print(f"| {one['name']} | {one['hull']:.2f} | {cells} |")
-    print(
-        "\n| asset | faces | against | without | with the dense surface's | gain | with the views' | gain |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("\n| asset | faces | against | without | with the dense surface's | gain | with the views' | gain |\n" + "|---" * 8 + "|")
     gains: dict[tuple[str, str], list[float]] = {}
     for one in results:
         for row in one["gain"]:
@@ -140,13 +139,12 @@ def tables(results: list[dict]) -> None:
                     cells += f" | {row[kind]:.2f} | {gain:+.2f}"
             print(f"| {one['name']} | {row['faces']:,} | {row['source']} | {cells} |")
     for (source, kind), values in gains.items():
-        print(f"\nMedian gain of the map {kind} against the {source} surface: {statistics.median(values):.2f} dB ({len(values)} meshes).")
+        print(f"\nMedian gain of the map {kind} against the {source}: {statistics.median(values):.2f} dB ({len(values)} meshes).")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--views", type=Path, help="a folder of folders of views")
-    parser.add_argument("--meshes", type=Path, help="a folder of NAME.glb, the meshes that the views show")
     parser.add_argument("--assets", nargs="*", help="names of some of the folders")
     parser.add_argument("--faces", type=int, nargs="+", default=[2000, 5000])
     parser.add_argument("--levels", type=int, default=4)
@@ -161,7 +159,7 @@ def main() -> None:
         name = "ball" if folder is None else folder.name
         if options.assets and name not in options.assets:
             continue
-        results.append(measured(name, ball(128, 20, 0.7) if folder is None else load(folder), options.meshes, options))
+        results.append(measured(name, ball(128, 20, 0.7) if folder is None else load(folder), options))
         print(f"{name} is done.", flush=True)
         if options.json:
             options.json.write_text(json.dumps(results, indent=1), "utf-8")

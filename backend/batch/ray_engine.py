@@ -127,6 +127,7 @@ class RayEngine:
         order: dict[str, Any] = {
             "token": secrets.token_hex(8),
             "job": key,
+            "title": title,
             "recipe": recipe,
             "parameters": parameters,
             "threads": self._cpus,

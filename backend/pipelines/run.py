@@ -219,7 +219,7 @@ def peak_memory() -> int | None:
 def versions() -> dict[str, str]:
     """Of Kiln, Python and the libraries that figures depend on."""
     found = {"kiln": VERSION, "python": platform.python_version()}
-    for name in ("numpy", "scipy", "numba", "torch", "gsplat", "warp-lang", "diffusers", "transformers", "scikit-image", "xatlas"):
+    for name in ("numpy", "scipy", "numba", "torch", "gsplat", "warp-lang", "diffusers", "transformers", "scikit-image", "xatlas", "coacd"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
