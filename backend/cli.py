@@ -872,7 +872,8 @@ def examine(path: Path | None = None) -> list[dict[str, str]]:
 def _examine_packages(note: Any) -> None:
     repair = "Run `python build.py setup`, or press Repair in Blender's preferences for Kiln."
     names = (
-        "numpy", "scipy", "numba", "torch", "gsplat", "scikit-image", "trimesh", "xatlas", "coacd", "pillow", "jaxtyping", "msgpack", "pyzmq",
+        "numpy", "scipy", "numba", "torch", "gsplat", "scikit-image", "trimesh", "xatlas", "coacd", "pillow", "jaxtyping", "msgpack",
+        "pyzmq",
     )  # fmt: skip
     found, missing = [], []
     for name in names:
