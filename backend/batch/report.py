@@ -20,7 +20,7 @@ from protocol import VERSION, picture
 
 FIGURES = (
     "faces", "splats", "mesh_psnr", "splats_psnr", "normal_error", "roughness_error", "metallic_error", "charts", "texels_seen", "frames",
-    "bones", "armature_psnr", "game",
+    "holdout_views", "bones", "armature_psnr", "game",
 )  # fmt: skip
 WRITE_SECONDS = 1.0  # between two versions of report.json
 PAGE_SECONDS = 5.0  # and of index.html
@@ -70,14 +70,18 @@ def figures_of(folder: Path) -> tuple[dict[str, Any], list[str]]:
     return found, [str(text) for text in told.get("warnings", ())]
 
 
-def thumbnail(source: Path | None, out: Path, name: str, which: str) -> None:
-    """A small copy of a picture as OUT/thumbnails/<name>.<which>.png; a picture that cannot be read has none."""
+def thumbnail(source: Path | None, out: Path, name: str, which: str, columns: int = 0) -> None:
+    """A small copy of a picture as OUT/thumbnails/<name>.<which>.png; a picture that cannot be read has none. columns: of a sheet of square
+    pictures, of which the first is taken."""
     if source is None:
         return
     from PIL import Image
 
     target = out / THUMBNAILS / f"{name}.{which}.png"
-    with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError), Image.open(source) as image:
+    with contextlib.suppress(OSError, ValueError, Image.DecompressionBombError), Image.open(source) as opened:
+        image: Image.Image = opened
+        if columns:
+            image = image.crop((0, 0, image.width // columns, image.width // columns))
         image.thumbnail((SIDE, SIDE))
         target.parent.mkdir(parents=True, exist_ok=True)
         image.convert("RGBA").save(target)
@@ -159,9 +163,9 @@ def _card(number: int, item: dict[str, Any]) -> str:
     figures, seconds, name = item["figures"], spent(item["seconds"]), item["name"]
     psnr = figures.get("mesh_psnr")
     facts = [
+        (f"{psnr:.1f} dB", '<abbr title="PSNR of the mesh on views that the fit had not seen">alike</abbr>') if psnr is not None else None,
         (f"{figures['faces']:,}".replace(",", "\u202f"), "faces") if figures.get("faces") else None,
         (size_text(figures["glb_bytes"]), "") if figures.get("glb_bytes") else None,
-        (f"{psnr:.1f} dB", '<abbr title="PSNR of the mesh on views that the fit had not seen">alike</abbr>') if psnr is not None else None,
         (duration(seconds), "") if seconds else None,
     ]
     origin = (Path(item["file"]).name, item["object"], f"{item['recipe']}, {item['preset']}")

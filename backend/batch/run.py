@@ -365,7 +365,10 @@ class Batch:
             self._export(work)
 
     def _show_result(self, work: Work) -> None:
-        report.thumbnail(work.folder.results / "preview.png", self.out, work.item.name, "result")
+        folder, name = work.folder.results, work.item.name
+        report.thumbnail(folder / "preview.png", self.out, name, "result")
+        if work.item.kind == "splats":  # its first look at them, which is the first of the comparison
+            report.thumbnail(folder / "comparison.png", self.out, name, "source", min(6, work.figures.get("holdout_views") or 6))
 
     def _export(self, work: Work) -> None:
         """Has an FBX made of the game's file if there is one, else of the mesh with its bones, else of the mesh."""
