@@ -274,13 +274,13 @@ class RayEngine:
         return any(node["Resources"].get("GPU", 0) >= 1 for node in self._nodes())
 
     def _count_slots(self) -> None:
-        """How many tasks run at once: nodes come and go."""
+        """How many tasks run at once, on GPUs or on cores alone: nodes come and go."""
         if time.monotonic() - self._looked < SLOTS_SECONDS:
             return
         self._looked = time.monotonic()
         resources = [node["Resources"] for node in self._nodes()]
         gpus = sum(int(one.get("GPU", 0)) for one in resources)
-        self.slots = max(1, gpus or sum(int(one.get("CPU", 0)) // self._cpus for one in resources))
+        self.slots = max(1, gpus, sum(int(one.get("CPU", 0)) // self._cpus for one in resources))
 
     # -- Tasks --------------------------------------------------------------------------------------------------------------------
 
