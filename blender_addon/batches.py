@@ -119,12 +119,12 @@ def items_of(things) -> list[dict]:
 
 
 def toml(defaults: dict, items: list[dict]) -> str:
-    """A manifest. Strings of JSON are strings of TOML."""
+    """A manifest. Strings of JSON are strings of TOML, as long as no letter is written as two halves."""
 
     def value(one) -> str:
         if isinstance(one, dict):
             return "{ " + ", ".join(f"{json.dumps(name)} = {value(inner)}" for name, inner in one.items()) + " }"
-        return json.dumps(one)
+        return json.dumps(one, ensure_ascii=False)
 
     def table(entries: dict) -> list[str]:
         return [f"{name} = {value(one)}" for name, one in entries.items() if one not in ("", {})]
