@@ -149,15 +149,20 @@ class Local:
         give_up = time.monotonic() + self._patience
         while True:
             try:
-                self._client = client = self._connect()
-                break
+                client = self._connect()
+                try:
+                    client.subscribe()
+                except BaseException:
+                    client.close()
+                    raise
             except KilnError as error:
                 if error.code not in LOST or not self._met or time.monotonic() >= give_up:
                     raise
                 time.sleep(1.0)
-        client.subscribe()
-        self._met, self._looked = True, 0.0  # what happened before is not among its events
-        return client
+            else:
+                self._client, self._met = client, True
+                self._looked = 0.0  # what happened before is not among its events
+                return client
 
     def _persist(self, action: Callable[[Client], _T]) -> _T:
         """Does something with the backend; when that is lost, with the next one."""
