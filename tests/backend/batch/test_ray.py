@@ -1,7 +1,9 @@
 """The Ray engine on a cluster of two nodes: what comes back is what the local worker makes, whatever happens to a node in the middle."""
 
 import hashlib
+import importlib.util
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -31,17 +33,23 @@ SPLATS = {"look.count": 16, "look.size": 64, "surface.grid": 32, "surface.faces"
 STORE = 100_000_000  # bytes of the object store of a node
 
 
+def needs_ray():
+    if importlib.util.find_spec("ray") is None:  # not imported: that reads its settings
+        pytest.skip("Ray is an optional extra: pip install --no-deps -r requirements/ray.txt")
+
+
 @pytest.fixture(scope="module")
 def farm():
     """An engine on a cluster of two nodes with one core each, `first` and `second`, which have a Kiln folder each."""
-    pytest.importorskip("ray", reason="Ray is an optional extra: pip install -r requirements/ray.txt")
+    needs_ray()
     if sys.platform != "linux":
         pytest.skip("Ray makes a cluster of several nodes on one machine on Linux only")
     root = Path(tempfile.mkdtemp(prefix="kr-"))  # short: Ray's sockets lie below, and their paths may have 107 characters
     os.makedirs(root / "tmp")
     with pytest.MonkeyPatch.context() as patch:
         settings = {
-            "RAY_TMPDIR": str(root / "tmp"), "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_TMPDIR": str(root / "tmp"),
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_enable_metrics_collection": "0", "RAY_worker_niceness": "0",
             "KILN_PIPELINES": "tests.backend.steps_recipe", "KILN_TEST_MARKS": str(root / "marks"),
         }  # fmt: skip
@@ -237,7 +245,7 @@ def test_a_worker_that_is_killed_costs_one_attempt_and_no_finished_stage(farm):
 
 
 def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path, unused_tcp_port):
-    pytest.importorskip("ray", reason="Ray is an optional extra: pip install -r requirements/ray.txt")
+    needs_ray()
     for address, code in {f"127.0.0.1:{unused_tcp_port}": "unavailable", "ray://farm:10001": "bad-request", "farm": "bad-request"}.items():
         with pytest.raises(KilnError) as refused:
             RayEngine(tmp_path / "scratch", address)
@@ -246,7 +254,7 @@ def test_a_cluster_that_is_not_there_is_said_at_once(tmp_path, unused_tcp_port):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="asks processes what they listen on, as POSIX lets their owner")
 def test_a_cluster_that_kiln_starts_hears_on_loopback_and_ends_with_the_batch(tmp_path):
-    pytest.importorskip("ray", reason="Ray is an optional extra: pip install -r requirements/ray.txt")
+    needs_ray()
     import psutil
 
     (tmp_path / "asset" / "in").mkdir(parents=True)
