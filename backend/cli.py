@@ -538,10 +538,12 @@ def _batch(given: argparse.Namespace) -> int:
         raise KilnError("bad-parameter", "--shard goes with neither --library nor --engine ray.", hint)
     out = Path(os.path.abspath(given.out))
     bar = _Bar()
-    found = manifest.read(given.manifest, manifest.Overrides(given.recipe, given.preset, parameters), out, bar.say)
+    library = given.library and Path(os.path.abspath(given.library))
+    overrides = manifest.Overrides(given.recipe, given.preset, parameters)
+    found = manifest.read(given.manifest, overrides, [path for path in (out, library) if path], bar.say)
     options = run.Options(
         out, str(Path(os.path.abspath(given.manifest))), given.captures, given.blender, given.fbx,
-        given.library and Path(os.path.abspath(given.library)), given.catalog, tuple(given.only), given.retry_failed, given.shard,
+        library, given.catalog, tuple(given.only), given.retry_failed, given.shard,
     )  # fmt: skip
     bar.stage("Batch")
     if given.dry_run:

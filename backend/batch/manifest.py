@@ -74,9 +74,9 @@ class Overrides:
     parameters: dict[str, str] = field(default_factory=dict)
 
 
-def read(path: Path, overrides: Overrides, out: Path, say: Callable[[str], None] = lambda text: None) -> list[Item]:
-    """The items of a folder, of a manifest file or of a single asset, each `.blend` still as one. out: the folder of results, which is
-    never read as a source.
+def read(path: Path, overrides: Overrides, made: Iterable[Path], say: Callable[[str], None] = lambda text: None) -> list[Item]:
+    """The items of a folder, of a manifest file or of a single asset, each `.blend` still as one. made: the folder of results and the asset
+    library, which are no sources.
 
     Raises KilnError("bad-manifest") where the whole cannot be understood, and "bad-parameter" or "bad-recipe" for overrides that no item
     could follow.
@@ -84,7 +84,7 @@ def read(path: Path, overrides: Overrides, out: Path, say: Callable[[str], None]
     path = Path(os.path.abspath(path))
     _check_overrides(overrides)
     if path.is_dir():
-        found = [(f"{path.name}/{file.relative_to(path).as_posix()}", {"file": str(file)}) for file in _assets_in(path, out, say)]
+        found = [(f"{path.name}/{file.relative_to(path).as_posix()}", {"file": str(file)}) for file in _assets_in(path, made, say)]
         if not found:
             raise KilnError("bad-manifest", f"{path} holds nothing that Kiln reads.", f"It reads {_kinds()}.")
         return _items(found, {}, path, overrides, say)
@@ -171,13 +171,13 @@ def parse(parameter: recipes.Parameter, text: str) -> Any:
 # -- Folder, CSV, TOML -----------------------------------------------------------------------------------------------------------------
 
 
-def _assets_in(folder: Path, out: Path, say: Callable[[str], None]) -> list[Path]:
+def _assets_in(folder: Path, made: Iterable[Path], say: Callable[[str], None]) -> list[Path]:
     """Every asset below the folder, in the order of their paths. Pictures beside or below models are taken to be their textures."""
-    out, found, textures = Path(os.path.abspath(out)), [], 0
+    own, found, textures = {Path(os.path.abspath(path)) for path in made}, [], 0
     with_models: list[Path] = []
     for place, folders, files in os.walk(folder):
         here = Path(place)
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and here / name != out)
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and here / name not in own)
         if "transforms.json" in files and here != folder:
             found.append(here)
             folders.clear()
@@ -186,7 +186,7 @@ def _assets_in(folder: Path, out: Path, say: Callable[[str], None]) -> list[Path
             with_models.append(here)
         is_textures = any(here == one or one in here.parents for one in with_models) or here.name.lower() in ("textures", "texture", "maps")
         for name in sorted(files):
-            if name.startswith("."):
+            if name.startswith(".") or here / name in own:
                 continue
             if name.lower().endswith((*MODELS, ".spz")):
                 found.append(here / name)

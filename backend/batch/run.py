@@ -141,7 +141,7 @@ class Batch:
         self.captured: deque[Work] = deque()  # to be submitted
         self.jobs: dict[str, Work] = {}
         self.engine: Engine | None = None
-        self.keeps = scratch is None
+        self.keeps, self.knows_all = scratch is None, False
         logs = scratch or options.place / items.WORK
         self.blenders = Blenders(options.captures, lambda: blender.find(options.blender), logs / "blender.log")
         self.told: dict[str, Any] = {}
@@ -167,6 +167,7 @@ class Batch:
                 work.leave_out("--shard")
             else:
                 self._look(work)
+        self.knows_all = True
 
     def _subjects(self, item: Item) -> list[dict[str, str]]:
         """The objects or collections of a .blend, by Blender; kept for the next run, as long as the file is the same."""
@@ -514,8 +515,13 @@ class Batch:
             self._tell(self.told["seconds_left"])
 
     def end(self, state: str, error: KilnError | None = None) -> None:
-        """Writes the report of a run that is over; one that failed has another error to tell than that this cannot be written."""
+        """Writes the report of a run that is over; one that failed has another error to tell than that this cannot be written.
+
+        A run that ended before it knew its items leaves the report of the run before.
+        """
         self.told = self._report(state, error)
+        if not self.knows_all:
+            return
         try:
             self._write(last=True)
         except (KilnError, OSError):

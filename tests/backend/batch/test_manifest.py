@@ -35,7 +35,9 @@ def props(tmp_path):
 def read(path, overrides=Overrides(), out="/nowhere", said=None):  # noqa: B008
     from pathlib import Path
 
-    return named(manifest.read(path, overrides, Path(out), (said if said is not None else []).append))
+    return named(
+        manifest.read(path, overrides, [Path(out), Path(out).with_name("library.blend")], (said if said is not None else []).append)
+    )
 
 
 def of_toml(folder, text, **options):
@@ -69,7 +71,8 @@ def test_a_folder_is_a_list_of_what_is_in_it(props):
 def test_results_inside_the_folder_are_no_sources(props):
     (props / "out" / "chair").mkdir(parents=True)
     (props / "out" / "chair" / "mesh.glb").write_bytes(b"")
-    assert not any("out" in item.file.parts for item in read(props, out=props / "out"))
+    (props / "library.blend").write_bytes(b"")
+    assert not any({"out", "library.blend"} & set(item.file.parts) for item in read(props, out=props / "out"))
 
 
 def test_defaults_items_and_the_command_line_in_this_order(props):
@@ -190,7 +193,7 @@ def test_a_blend_gives_an_item_for_each_subject(props):
             return [{"kind": "object", "name": "Cube.003"}]
         raise KilnError("bad-input", "It is damaged.", "Mend it.")
 
-    found = named(resolved(manifest.read(write(props, text), Overrides(), props / "out"), ask))
+    found = named(resolved(manifest.read(write(props, text), Overrides(), []), ask))
     assert [item.name for item in found] == ["Chair", "Ch_air", "asset_CON", "hero", "hero-2", "level"]
     assert (
         found[0].subject == {"kind": "object", "name": "Chair"}
@@ -201,7 +204,7 @@ def test_a_blend_gives_an_item_for_each_subject(props):
 
 def test_a_blend_without_what_was_asked_for_is_said(props):
     (props / "level.blend").write_bytes(b"")
-    (item,) = resolved(manifest.read(write(props, '[[items]]\nfile = "level.blend"\nobject = "Ch*"'), Overrides(), props), lambda item: [])
+    (item,) = resolved(manifest.read(write(props, '[[items]]\nfile = "level.blend"\nobject = "Ch*"'), Overrides(), []), lambda item: [])
     assert "level.blend has no object 'Ch*'" in item.error.message
 
 
