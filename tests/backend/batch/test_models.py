@@ -81,6 +81,14 @@ def test_models_of_a_file_by_pattern_with_a_blender_that_dies(bench, tmp_path, c
     assert ":Kit/Chairs:" in (tmp_path / "blender_assets.cats.txt").read_text()
 
 
+def test_captures_leave_room_on_the_disk(bench, tmp_path, command, small_disk):
+    (tmp_path / "cube.glb").write_bytes(b"glTF")
+    (tmp_path / "list.toml").write_text('[[items]]\nfile = "cube.glb"\n')
+    (bench.folder / "out").symlink_to(small_disk)
+    said = bench.batch("--blender", command.path, code=1)
+    assert "a capture wants" in said and "Free some space; the same command goes on" in said
+
+
 def test_without_a_blender_models_are_refused_before_anything_runs(bench, tmp_path):
     (tmp_path / "cube.glb").write_bytes(b"glTF")
     (tmp_path / "list.toml").write_text('[[items]]\nfile = "cube.glb"\n')
