@@ -38,7 +38,7 @@ class Result:
     recipe: str
     state: str  # "done", "failed" or "cancelled"
     folder: Path | None  # with mesh.glb and so on, where it is done
-    figures: dict = field(default_factory=dict)  # of report.json: faces, mesh_psnr, ... (protocol/SPEC.md)
+    figures: dict = field(default_factory=dict)  # of report.json, of a batch the main ones: faces, mesh_psnr, ... (protocol/SPEC.md)
     warnings: tuple[str, ...] = ()
     error: KilnError | None = None  # why it failed
 
@@ -138,7 +138,7 @@ def compute(recipe: str, source, out: str | Path, preset: str = "standard", titl
         job.results = None
         report = Path(out, "report.json")
         figures = json.loads(report.read_text("utf-8")) if report.is_file() else {}
-    return Result(job.data["title"], recipe, "done", Path(out), figures, tuple(job.log))
+    return Result(job.data["title"], recipe, "done", Path(out), figures, tuple(figures.get("warnings", ())))
 
 
 def batch(
@@ -170,7 +170,7 @@ def batch(
     if recipe:
         recipes.make(recipe, defaults["parameters"], preset or "standard")  # refused before anything is written
     ordered = batches.order(
-        bpy.context, listed, defaults, str(out), "Script", options=list(options), library=str(library and Path(library).absolute())
+        bpy.context, listed, defaults, str(out), "Batch", options=list(options), library=str(library and Path(library).absolute())
     )
     try:
         report = batches.finish(ordered, progress)

@@ -23,13 +23,12 @@ from .protocol import recipes
 from .protocol.errors import KilnError
 
 TICK = 0.1  # seconds between two looks at what the thread told
-PICTURES = 8  # thumbnails that are loaded in one tick
+PICTURES = 1  # thumbnails that are loaded in one tick: some milliseconds each
 ICONS = {  # of batches and of their items
     "starting": "SORTTIME", "running": "RENDER_ANIMATION", "interrupted": "PAUSE", "done": "CHECKMARK", "failed": "ERROR",
     "cancelled": "X", "waiting": "TIME", "capturing": "OUTLINER_OB_CAMERA", "queued": "TIME", "computing": "RENDER_ANIMATION",
 }  # fmt: skip
 WORDS = {"waiting": "Waiting", "capturing": "Capturing", "queued": "Waiting", "failed": "Failed", "cancelled": "Cancelled"}
-SETS = {"SELECTION": "objects", "COLLECTION": "collection", "FOLDER": "folder"}
 
 
 @dataclass

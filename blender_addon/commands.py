@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import json
 import signal
 import subprocess
 import sys
@@ -70,7 +69,6 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--object", action="append", default=[], metavar="PATTERN", help="objects, together one subject; repeatable")
     run.add_argument("--collection", metavar="NAME", help="a collection of the file as the subject")
     run.add_argument("--title", default="", help="name of the asset; default: the subject's")
-    run.add_argument("--json", action="store_true", help="print the result as JSON")
     run.set_defaults(command=_run)
     setup = commands.add_parser("setup", help="set the compute backend up; downloads it (blender --online-mode --command kiln setup)")
     setup.add_argument("--bundle", type=Path, metavar="FILE", help="an offline bundle to set it up from instead")
@@ -131,10 +129,7 @@ def _run(given: argparse.Namespace) -> int:
     else:
         source, title = _subject(given)
     made = api.compute(recipe, source, given.out, given.preset, title, **values)
-    if given.json:
-        print(json.dumps({"name": made.name, "recipe": recipe, "folder": str(made.folder), "figures": made.figures}, indent=1))
-    else:
-        session.terminal(f"{made.name}: {made.figures.get('faces', 0):,} faces in {made.folder}", last=True)
+    session.terminal(f"{made.name}: {made.figures.get('faces', 0):,} faces in {made.folder}", last=True)
     return DONE
 
 
