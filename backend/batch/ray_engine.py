@@ -36,8 +36,8 @@ RAY = "ray==2.60.0"
 CHUNK = 4 << 20  # bytes of a file in one message or object
 CPUS = 4  # of a task where nothing else is said and every node has as many
 RETRIES = 3  # of an item whose worker or node is lost
-REPORT_SECONDS = 0.2  # between two messages of a task
-POLL_SECONDS = 0.1
+REPORT_SECONDS = 0.25  # between two messages of a task
+POLL_SECONDS = 0.2
 SLOTS_SECONDS = 5.0  # between two looks at which nodes there are
 CANCEL_SECONDS = 10.0  # from cancel to killing a worker whose step does not yield
 CONNECT_SECONDS = 5.0
