@@ -2,9 +2,9 @@
 output, as frames of a 4-byte length (big-endian) and a msgpack map; what libraries print goes to its standard error, a log file.
 
 In: `run` (job, title, recipe, parameters, inputs: name -> [path, hash], folder, stages, stages_bytes), `cancel` (job), `release` (give back
-what memory networks hold between jobs; after the job that runs), `quit`. Out: `ready`,
-`device`, `warm` once it has compiled ahead, `alive` every 2 s, and for a job: `stage`, `progress`, `preview` (PNG), `log`, then one of `done` (results:
-names), `failed` (error), `cancelled`. The process ends by itself when its standard input closes: it never outlives the server.
+what memory networks hold between jobs; after the job that runs), `quit`. Out: `ready`, `device`, `warm` once it has compiled ahead, `alive`
+every 2 s, and for a job: `stage`, `progress`, `preview` (PNG), `log`, then one of `done` (results: names), `failed` (error), `cancelled`.
+The process ends by itself when its standard input closes: it never outlives the server.
 """
 
 from __future__ import annotations
