@@ -37,7 +37,7 @@ STAGES = {"steps": ("Read inputs", "Draw", "Scale", "Add", "Save"), "reconstruct
 BALL = {"fit.iterations": 60, "fit.splats": 800, "fit.device": "cpu", "surface.grid": 40, "surface.faces": 600, "texture.size": 64}
 REAL = 15  # every so many faults one job is a real reconstruction
 ACTIONABLE = {"no-space", "worker-died", "damaged-input", "disk", "out-of-memory"}  # of a job that a fault ended: the hint says what to do
-PATIENCE = 120.0  # seconds from the repair to the job's end
+PATIENCE = 300.0  # seconds from the repair to the job's end, on a machine that has other things to do too
 DISK = "192m"
 
 
@@ -105,8 +105,11 @@ class Lane:
             problems = self.check(order)
         except Exception as error:  # a demand that could not even be looked at
             problems = [f"{type(error).__name__}: {error}"]
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # the next fault finds nothing of this one
                 self.restart()
+                with self.service.client() as asked:
+                    for job in asked.jobs():
+                        asked.cancel(job["id"])
         finally:
             if client is not None and client.poll() is None:
                 client.kill()
@@ -140,7 +143,7 @@ class Lane:
 
     def wait_for(self, request: str, stage: str) -> None:
         """Until the job is in that stage, or past it."""
-        until = time.monotonic() + 60
+        until = time.monotonic() + PATIENCE
         with self.service.client() as client:
             while time.monotonic() < until:
                 found = [job for job in client.jobs() if job["title"] == request]
