@@ -29,7 +29,7 @@ MODELS = (".blend", ".glb", ".gltf", ".obj", ".fbx", ".usd", ".usda", ".usdc", "
 WITH_TEXTURES = (".blend", ".gltf", ".obj", ".fbx", ".usd", ".usda", ".usdc")  # whose pictures are files beside them, or below
 PRESET = "standard"
 LONGEST_NAME = 80  # characters, so that OUT/<name>/<file> stays below what Windows takes
-TAKEN_NAMES = ("thumbnails", "cancel", "index", "report")  # in the folder of results
+TAKEN_NAMES = ("thumbnails", "cancel", "index", "report", "lock", "listings")  # in the folder of results
 _KEYS = ("file", "name", "recipe", "preset", "object", "collection", "parameters")
 _MATERIAL = {  # what a file is -> the inputs that recipes can be given of it
     "model": ("views", "motion"),
