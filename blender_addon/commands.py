@@ -28,7 +28,8 @@ ABSENT = ("unavailable", "no-backend", "backend-died", "backend-stopped", "refus
 
 def main(arguments: list[str]) -> int:
     """What `blender --command kiln` runs: one command, its exit code. Every expected failure is a sentence and a hint on standard error."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # Blender's own would render on
+    session.interrupted.clear()
+    before = signal.signal(signal.SIGINT, _interrupt)  # Blender's own would render on
     try:
         if arguments and arguments[0] not in ("run", "setup") and not arguments[0].startswith("-"):
             return _hand_over(arguments)
@@ -44,6 +45,11 @@ def main(arguments: list[str]) -> int:
     finally:
         if before is not None:  # None: it was not Python's, and cannot be put back
             signal.signal(signal.SIGINT, before)
+
+
+def _interrupt(*_):
+    session.interrupted.set()
+    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -79,6 +79,7 @@ class Notice:
 
 
 current: Session | None = None
+interrupted = threading.Event()  # Ctrl-C in `blender --command`: a render that it comes in swallows the exception
 
 
 class Session:
@@ -822,6 +823,8 @@ class Shoot:
         try:
             while self.step():
                 terminal(f"{self.title}: {self.doing} {self.capture.done / self.capture.steps:.0%}")
+                if interrupted.is_set():
+                    raise KeyboardInterrupt
             return self.submit()
         except BaseException:
             self.close()
