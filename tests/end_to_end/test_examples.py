@@ -6,6 +6,7 @@ Where the examples call the program `blender`, blender_program.py does the same 
 import json
 import os
 import re
+import signal
 import stat
 import subprocess
 import sys
@@ -104,6 +105,20 @@ def test_command_line(tmp_path, blender_user):
     (tmp_path / "nothing").mkdir()
     batch = [blender, "--command", "kiln", "batch", tmp_path / "nothing", "--out", tmp_path / "out"]
     assert "nothing that Kiln reads" in run(batch, blender_user, code=2)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are POSIX's")
+def test_an_interrupted_command_ends_at_once_with_exit_code_130(tmp_path, blender_user):
+    scene = blend(tmp_path / "crate.blend", "Crate")
+    command = [sys.executable, PROGRAM, "--command", "kiln", "run", scene, "--out", tmp_path / "out", "--set", "capture.views=200"]
+    environment = {**os.environ, "BLENDER_USER_RESOURCES": str(blender_user)}
+    with subprocess.Popen(list(map(str, command)), env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if "rendering" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        assert process.wait(120) == 130
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_blender(tmp_path, backend_python, blender_user):
