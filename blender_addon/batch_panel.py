@@ -169,9 +169,9 @@ class Batches:
 
     def tick(self) -> float:
         try:
-            moved = self._take_in() | self._load_pictures()
-            if self.importing and not session.why_import_waits(self.importing):
-                moved = True
+            moved = self._take_in() or self._load_pictures()
+            if not moved and self.importing and not session.why_import_waits(self.importing):
+                moved = True  # a tick does one thing: an import is long enough
                 with bpy.context.temp_override(window=session.main_window()):
                     self.import_next(bpy.context)
         except KilnError as error:
