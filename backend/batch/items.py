@@ -111,6 +111,10 @@ class Folder:
         """item.json, of whatever was finished here."""
         return read_json(self.results / RECORD)
 
+    def is_foreign(self) -> bool:
+        """Whether files lie here that are not Kiln's, which writes item.json first and last."""
+        return not (self.results / RECORD).exists() and any(not path.is_dir() for path in self.results.rglob("*"))
+
     def finished(self, fingerprint: str) -> dict[str, Any] | None:
         """item.json if it is of this fingerprint and all of its files are there."""
         record = self.record()
@@ -154,8 +158,8 @@ class Folder:
     def take_results(self, record: dict[str, Any]) -> dict[str, Any]:
         """Moves what was fetched to its place and writes item.json, last. Files of an earlier result that are no more go; others stay."""
         before = self.record() or {}
-        self.results.mkdir(parents=True, exist_ok=True)
-        (self.results / RECORD).unlink(missing_ok=True)
+        unfinished = json.dumps({"files": before.get("files", {})})  # says whose folder it is, and by no fingerprint counts as finished
+        patiently(lambda: disk.write(self.results / RECORD, [unfinished.encode()], self.work, durable=False))
         fetched = sorted(path.relative_to(self.fetched).as_posix() for path in self.fetched.rglob("*") if path.is_file())
         for name in set(before.get("files", ())) - set(fetched):
             with contextlib.suppress(OSError, KilnError):

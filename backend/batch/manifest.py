@@ -84,6 +84,8 @@ def read(path: Path, overrides: Overrides, made: Iterable[Path], say: Callable[[
     path = Path(os.path.abspath(path))
     _check_overrides(overrides)
     if path.is_dir():
+        if path in (Path(os.path.abspath(one)) for one in made):
+            raise KilnError("bad-manifest", f"The results would lie among the sources, in {path}.", "Name another --out.")
         found = [(f"{path.name}/{file.relative_to(path).as_posix()}", {"file": str(file)}) for file in _assets_in(path, made, say)]
         if not found:
             raise KilnError("bad-manifest", f"{path} holds nothing that Kiln reads.", f"It reads {_kinds()}.")

@@ -155,6 +155,8 @@ class Batch:
 
     def take_up(self, found: list[Item]) -> None:
         """Takes .blend files apart, names all items, and finds out what is finished, captured, or failed for good."""
+        if (old := self.options.place / "report.json").exists() and "items" not in self.before:
+            raise KilnError("bad-manifest", f"{old} is not Kiln's, and would be written over.", "Name another --out.")
         wanted = manifest.named(manifest.resolved(found, self._subjects))
         if self.options.only and not any(manifest.matches(item, self.options.only) for item in wanted):
             names = ", ".join(item.name for item in wanted[:10])
@@ -196,6 +198,9 @@ class Batch:
         try:
             if item.error is not None:
                 raise item.error
+            if folder.is_foreign():
+                hint = "Name another --out, or the item otherwise."
+                raise KilnError("bad-manifest", f"{folder.results} holds files that are not Kiln's.", hint)
             work.fingerprint = items.fingerprint(item)
         except KilnError as error:
             work.at("failed")

@@ -75,6 +75,12 @@ def test_results_inside_the_folder_are_no_sources(props):
     assert not any({"out", "library.blend"} & set(item.file.parts) for item in read(props, out=props / "out"))
 
 
+def test_results_among_the_sources_are_refused(props):
+    with pytest.raises(KilnError, match="The results would lie among the sources") as refused:
+        read(props, out=props)
+    assert refused.value.code == "bad-manifest" and refused.value.hint == "Name another --out."
+
+
 def test_defaults_items_and_the_command_line_in_this_order(props):
     text = """
     [defaults]
@@ -279,3 +285,33 @@ def test_an_item_is_finished_while_its_files_are_whole(tmp_path):
     assert folder.finished("two")
     (folder.results / "mesh.glb").write_bytes(b"12")
     assert not folder.finished("two")
+
+
+def test_results_that_were_moved_half_way_are_still_known_as_kilns(tmp_path, monkeypatch):
+    folder = items.Folder(tmp_path, "chair")
+    folder.fetched.mkdir(parents=True)
+    for name in ("a.png", "b.png"):
+        (folder.fetched / name).write_bytes(b"1")
+
+    def die(source, target):
+        if target.name == "b.png":
+            raise KeyboardInterrupt
+        return replace(source, target)
+
+    replace = os.replace
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", die)
+        folder.take_results({"fingerprint": "one"})
+    assert (folder.results / "a.png").exists() and not folder.is_foreign() and not folder.finished("one")
+    folder.take_results({"fingerprint": "one"})
+    assert folder.finished("one")
+
+
+def test_a_folder_with_files_of_somebody_else_is_foreign(tmp_path):
+    folder = items.Folder(tmp_path, "chair")
+    assert not folder.is_foreign()
+    folder.results.mkdir()
+    assert not folder.is_foreign()
+    (folder.results / "lods").mkdir()
+    (folder.results / "lods" / "mesh.glb").write_bytes(b"1")
+    assert folder.is_foreign()

@@ -1,0 +1,58 @@
+"""Single steps of a batch, in this process: what it finds before it begins, what it hands out, and what it takes in."""
+
+import json
+
+import pytest
+
+from backend.batch import manifest, run
+from backend.batch.run import Batch, Options
+from protocol.errors import KilnError
+
+
+class Quiet:
+    def show(self, fraction, text): ...
+
+    def say(self, text): ...
+
+
+@pytest.fixture
+def found(tmp_path):
+    """The items of a folder with two splat files."""
+    props = tmp_path / "props"
+    props.mkdir()
+    for name in ("one", "two"):
+        (props / f"{name}.spz").write_bytes(name.encode())
+    return manifest.read(props, manifest.Overrides(), [])
+
+
+@pytest.fixture
+def out(tmp_path):
+    (tmp_path / "out").mkdir()
+    return tmp_path / "out"
+
+
+def begun(found, out, **more):
+    batch = Batch(Options(out, "props", **more), Quiet())
+    batch.take_up(found)
+    return batch
+
+
+def test_files_of_the_users_are_not_written_over(found, out):
+    (out / "one").mkdir()
+    (out / "one" / "mesh.glb").write_bytes(b"mine")
+    one, two = begun(found, out).works
+    assert one.state == "failed" and "holds files that are not Kiln's" in one.error.message and "Name another --out" in one.error.hint
+    assert two.state == "waiting" and (out / "one" / "mesh.glb").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("content", ['{"total": 3}', "[1]", "a report"])
+def test_a_report_of_somebody_elses_is_not_written_over(found, out, content):
+    (out / "report.json").write_text(content)
+    with pytest.raises(KilnError, match="report.json is not Kiln's") as refused:
+        run.run(found, Options(out, "props"), lambda: pytest.fail("nothing is to be begun"), Quiet())
+    assert refused.value.code == "bad-manifest" and (out / "report.json").read_text() == content
+
+
+def test_a_report_of_kilns_is(found, out):
+    (out / "report.json").write_text(json.dumps({"items": []}))
+    assert len(begun(found, out).waiting) == 2
