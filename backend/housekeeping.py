@@ -83,9 +83,9 @@ def clean(jobs: Jobs, limits: Limits, dry_run: bool = False, now: float | None =
     return {"jobs": going, "stages": stages, "freed": freed}
 
 
-def make_room(jobs: Jobs, limits: Limits, needed: int) -> None:
-    """`clean` for `needed` more bytes than there are."""
-    clean(jobs, dataclasses.replace(limits, bytes=max(0, limits.bytes - needed)))
+def make_room(jobs: Jobs, limits: Limits, missing: int) -> None:
+    """Frees so many bytes, as far as may be: what takes the last of a disk may be finished stages alone."""
+    clean(jobs, dataclasses.replace(limits, bytes=max(0, min(limits.bytes, jobs.store.used()) - missing)))
 
 
 def show(jobs: Jobs, limits: Limits) -> dict[str, Any]:

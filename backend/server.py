@@ -161,9 +161,9 @@ class Server:
             self.jobs = Jobs(self.store, self._listen, workers=workers)
             self._limits = housekeeping.Limits.of_environment()
             self.jobs.housekeeping = lambda: housekeeping.clean(self.jobs, self._limits)
+            self.store.make_room = lambda missing: housekeeping.make_room(self.jobs, self._limits, missing)
             if self._limits.bytes < sys.maxsize:
                 self.store.quota = self._limits.bytes
-                self.store.make_room = lambda needed: housekeeping.make_room(self.jobs, self._limits, needed)
             self.pulls = Pulls()
             opened.callback(self.pulls.close)
             self._pool = ThreadPoolExecutor(4, "requests")

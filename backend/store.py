@@ -77,7 +77,7 @@ class Store:
         self._depth = 0
         self._wanted: dict[str, float] = {}
         self._counted, self._counted_at = 0, float("-inf")  # bytes used, and when that was looked up
-        self.make_room: Callable[[int], None] = lambda needed: None  # asked before bytes are refused because of the quota
+        self.make_room: Callable[[int], None] = lambda missing: None  # asked to free so many bytes before others are refused
         self._uploading: set[Path] = set()
         self.root.mkdir(parents=True, exist_ok=True, mode=0o700)
         with disk.full_disk_named(self.root):
@@ -184,14 +184,17 @@ class Store:
 
     def check_space(self, needed: int) -> None:
         """`KilnError("no-space")` unless `needed` more bytes fit beside what the job table needs."""
-        if shutil.disk_usage(self.root).free < needed + RESERVE:
-            raise disk.no_space(self.root, needed)
+        missing = needed + RESERVE - shutil.disk_usage(self.root).free
+        if missing > 0:
+            self.make_room(missing)
+            if shutil.disk_usage(self.root).free < needed + RESERVE:
+                raise disk.no_space(self.root, needed)
         if self.quota is None:
             return
         if time.monotonic() - self._counted_at > COUNTED_SECONDS or self._counted + needed > self.quota:
             self._count()
         if self._counted + needed > self.quota:
-            self.make_room(needed)
+            self.make_room(self._counted + needed - self.quota)
             self._count()
             if self._counted + needed > self.quota:
                 raise disk.no_space(self.root, needed, self.quota)

@@ -20,10 +20,11 @@ import shutil
 import signal
 import struct
 import sys
+import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -201,8 +202,21 @@ def run_job(command: dict[str, Any], send: Callable[[dict[str, Any]], None], can
     """Runs one job to its end, which is the last message it sends. `cancelled`: the jobs that are to stop."""
     job = command["job"]
     reports = Reports(lambda message: send({"job": job, **message}))
-    send({"job": job, **compute(command, reports, lambda: job in cancelled)})
+    with _temporary_files_in(Path(command["folder"]) / "temporary"):
+        outcome = compute(command, reports, lambda: job in cancelled)
+    send({"job": job, **outcome})
     cancelled.discard(job)
+
+
+@contextlib.contextmanager
+def _temporary_files_in(folder: Path) -> Iterator[None]:
+    """jobs.py removes the job's folder however the job ends, and with it what a killed library left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
 
 
 def compute(command: dict[str, Any], reports: Reports, cancelled: Callable[[], bool]) -> dict[str, Any]:

@@ -294,7 +294,9 @@ def _catalogue(context: bpy.types.Context, asset: bpy.types.AssetMetaData, name:
             asset.catalog_id = there
         else:
             simple = name.replace("/", "-")  # as Blender names them
-            catalogs.write_text(f"{known.rstrip()}\n{asset.catalog_id}:{name}:{simple}\n", encoding="utf-8")
+            whole = catalogs.with_name(f"{catalogs.name}.new")  # the user's catalogs are in there: all of them or the old file
+            whole.write_text(f"{known.rstrip()}\n{asset.catalog_id}:{name}:{simple}\n", encoding="utf-8")
+            os.replace(whole, catalogs)
     except OSError as error:  # a folder that may not be written: the asset is whole without its catalog's name
         print(f"Kiln: the asset catalog could not be written: {error}")
 

@@ -19,7 +19,7 @@ from scipy.spatial import cKDTree
 from backend.mesh import raster
 from backend.mesh.cloud import cloud, surface_points
 from backend.mesh.mesh import AnimatedMesh, Mesh, MovingMesh, TexturedMesh
-from backend.mesh.near import triangles
+from backend.mesh.nearest import triangles
 from backend.mesh.raster import linear_from_srgb, srgb_from_linear
 from backend.mesh.tangents import tangents
 from backend.mesh.unwrap import unwrap

@@ -91,7 +91,10 @@ def shortfalls(hulls: Hulls | None, most: int) -> list[str]:
     """What the hulls fall short of, in a sentence."""
     if hulls is None or hulls.error <= FAR:
         return []
-    return [f"The collision hulls differ from the mesh's volume by {hulls.error:.0%}: {most} are too few (game.hulls)."]
+    return [
+        f"The collision hulls differ from the mesh's volume by {hulls.error:.0%}: allow more than {most} (game.hulls), or let the engine"
+        " collide with the mesh itself, as thin and hollow shapes want it."
+    ]
 
 
 def asset_name(pattern: str, title: str) -> str:

@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.spatial import ConvexHull, QhullError
 
-from backend.mesh.aside import answer, aside
 from backend.mesh.decimate import decimate
 from backend.mesh.mesh import Mesh
+from backend.mesh.own_process import answer, in_own_process
 from backend.progress import Progress, silent
 from protocol.errors import KilnError
 
@@ -57,9 +57,9 @@ def hulls(mesh: Mesh, most: int, seed: int = 0, progress: Progress = silent) -> 
         given = {"points": points, "faces": coarse.faces, "detail": detail, "seed": seed, "mend": False}
         words = "Cutting the mesh into convex parts", "Ask for no hulls (game.hulls)."
         try:
-            cut = aside("backend.mesh.hulls", given, SECONDS, *words, lambda done: part(0.8 * done))
+            cut = in_own_process("backend.mesh.hulls", given, SECONDS, *words, lambda done: part(0.8 * done))
         except KilnError:  # the surface touches itself somewhere: CoACD makes one that does not, coarser
-            cut = aside("backend.mesh.hulls", {**given, "mend": True}, SECONDS, *words, lambda done: part(0.8 * done))
+            cut = in_own_process("backend.mesh.hulls", {**given, "mend": True}, SECONDS, *words, lambda done: part(0.8 * done))
         parts = [one for one in map(_corners, np.split(cut["corners"], np.cumsum(cut["counts"])[:-1])) if one is not None]
         made = [_simple(corners) for corners in _merge(parts, most, share, lambda: part(0.8, "Merging hulls"))]
         found = Hulls(

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 
 from backend.mesh.decimate import VALENCE, connect, corners_at, linked, plane_quadrics, turns
 from backend.mesh.mesh import Mesh, TexturedMesh
-from backend.mesh.near import triangles
+from backend.mesh.nearest import triangles
 from backend.progress import Progress, silent
 from backend.splats.parallel import kernel
 

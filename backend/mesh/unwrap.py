@@ -16,8 +16,8 @@ from scipy.sparse import coo_matrix, diags
 from scipy.sparse.csgraph import connected_components
 from scipy.sparse.linalg import splu
 
-from backend.mesh.aside import answer, aside
 from backend.mesh.mesh import Mesh
+from backend.mesh.own_process import answer, in_own_process
 from backend.progress import Progress, silent
 from protocol.errors import KilnError
 
@@ -63,7 +63,7 @@ def _within(progress: Progress, first: float, last: float) -> Progress:
 def _aside(given: dict[str, Any], progress: Progress) -> list[np.ndarray]:
     """`_cut` in a process of its own."""
     seconds, what, hint = len(given["faces"]) / FACES_A_SECOND, "Cutting the surface into charts", "Try fewer faces (surface.faces)."
-    found = aside("backend.mesh.unwrap", given, seconds, what, hint, progress)
+    found = in_own_process("backend.mesh.unwrap", given, seconds, what, hint, progress)
     return [found[name] for name in RESULTS]
 
 

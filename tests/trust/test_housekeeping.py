@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from backend import housekeeping
 from backend.housekeeping import Limits
 from backend.jobs import Jobs
-from backend.store import Store
+from backend.store import RESERVE, Store
 from protocol.errors import KilnError
 from tests.backend import steps_recipe  # enters the recipe `steps`
 from tests.protocol.service import ROOT, Service
@@ -88,13 +89,25 @@ def test_over_the_limit_of_bytes_stages_go_first_then_the_oldest_and_never_what_
 def test_what_does_not_fit_makes_room_or_is_refused_with_what_to_do(jobs):
     ids = fill(jobs)
     jobs.store.quota = 6500
-    jobs.store.make_room = lambda needed: housekeeping.make_room(jobs, Limits(6500, 30 * DAY), needed)
+    jobs.store.make_room = lambda missing: housekeeping.make_room(jobs, Limits(6500, 30 * DAY), missing)
     jobs.store.put(b"n" * 1000)
     assert left(jobs, ids) == set(ids) - {"taken"}
     with pytest.raises(KilnError) as caught:
         jobs.store.put(b"m" * 3600)
     assert caught.value.code == "no-space" and "KILN_STORE_GB" in caught.value.hint
     assert left(jobs, ids) == STAYS
+
+
+def test_a_disk_full_of_finished_stages_is_not_full(small_disk):
+    jobs = Jobs(Store(small_disk / "store"), workers=0)
+    jobs.store.make_room = lambda missing: housekeeping.make_room(jobs, Limits(10**12, 30 * DAY), missing)
+    ids = fill(jobs)
+    for number in range(40):
+        if shutil.disk_usage(small_disk).free > RESERVE + 200_000:
+            (jobs.store.stages / f"{number}").write_bytes(b"x" * 1_000_000)
+    jobs.store.put(b"y" * 2_000_000)
+    assert left(jobs, ids) == set(ids)
+    jobs.store.close()
 
 
 def test_a_job_can_be_taken_once_it_is_done_and_stays_taken(jobs):

@@ -7,7 +7,7 @@ import trimesh
 from backend.mesh import lods
 from backend.mesh.bake import _lay_out, vertex_normals
 from backend.mesh.mesh import Mesh, TexturedMesh
-from backend.mesh.near import triangles
+from backend.mesh.nearest import triangles
 from backend.mesh.unwrap import unwrap
 
 SIZE = 256

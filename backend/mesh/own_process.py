@@ -6,10 +6,13 @@ returns a map of arrays.
 
 from __future__ import annotations
 
+import ctypes
 import math
+import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +24,7 @@ from backend.progress import Progress
 from protocol.errors import KilnError
 
 
-def aside(module: str, given: dict[str, Any], seconds: float, what: str, hint: str, progress: Progress) -> dict[str, np.ndarray]:
+def in_own_process(module: str, given: dict[str, Any], seconds: float, what: str, hint: str, progress: Progress) -> dict[str, np.ndarray]:
     """What `module`'s function answers. seconds: that it takes, about, for the progress alone. Raises `KilnError("internal")` that begins
     with `what` and ends with the process' last words."""
     with tempfile.TemporaryDirectory(prefix="kiln-") as folder:
@@ -29,7 +32,7 @@ def aside(module: str, given: dict[str, Any], seconds: float, what: str, hint: s
         np.savez(told, **given)
         with said.open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", module, str(told), str(answered)],
+                [sys.executable, "-m", module, str(told), str(answered), str(os.getpid())],
                 cwd=Path(__file__).parents[2],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -56,7 +59,21 @@ def aside(module: str, given: dict[str, Any], seconds: float, what: str, hint: s
 
 
 def answer(function: Callable[..., dict[str, Any]]) -> None:
-    """What the process does."""
+    """What the process does. It ends with the one that started it."""
+    _end_with(int(sys.argv[3]))
     with np.load(sys.argv[1], allow_pickle=False) as arrays:
         found = function(**arrays)
     np.savez(sys.argv[2], **found)
+
+
+def _end_with(parent: int) -> None:
+    if sys.platform == "linux":  # by the kernel: a library that holds the GIL lets no thread look
+        ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
+    if hasattr(os, "getppid") and sys.platform != "win32":
+
+        def watch() -> None:
+            while os.getppid() == parent:
+                time.sleep(1.0)
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()

@@ -1,0 +1,21 @@
+"""Work for test_own_process.py that never ends: `python -m tests.backend.mesh.sleeper` starts it, in a process of its own."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+from backend.mesh.own_process import answer, in_own_process
+
+
+def sleep(mark) -> dict:
+    Path(str(mark)).write_text(str(os.getpid()))
+    while True:
+        time.sleep(1)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 2:
+        answer(sleep)
+    else:
+        in_own_process("tests.backend.mesh.sleeper", {"mark": sys.argv[1]}, 1.0, "Sleeping", "", lambda done: None)
