@@ -21,14 +21,13 @@ from typing import Any
 from urllib.parse import unquote
 
 from backend import disk, inputs
-from backend.batch.manifest import Item
+from backend.batch.manifest import RECORD, Item
 from backend.store import check_name
 from protocol import VERSION, recipes, views
 from protocol.connection import patiently
 from protocol.errors import KilnError
 
 WORK = ".work"
-RECORD = "item.json"  # last to be written of an item's results
 
 
 def fingerprint(item: Item) -> str:

@@ -30,6 +30,7 @@ WITH_TEXTURES = (".blend", ".gltf", ".obj", ".fbx", ".usd", ".usda", ".usdc")  #
 PRESET = "standard"
 LONGEST_NAME = 80  # characters, so that OUT/<name>/<file> stays below what Windows takes
 TAKEN_NAMES = ("thumbnails", "cancel", "index", "report", "lock", "listings")  # in the folder of results
+RECORD = "item.json"  # in the folder of an item's results: what they were made of
 _KEYS = ("file", "name", "recipe", "preset", "object", "collection", "parameters")
 _MATERIAL = {  # what a file is -> the inputs that recipes can be given of it
     "model": ("views", "motion"),
@@ -89,16 +90,16 @@ def read(path: Path, overrides: Overrides, made: Iterable[Path], say: Callable[[
         found = [(f"{path.name}/{file.relative_to(path).as_posix()}", {"file": str(file)}) for file in _assets_in(path, made, say)]
         if not found:
             raise KilnError("bad-manifest", f"{path} holds nothing that Kiln reads.", f"It reads {_kinds()}.")
-        return _items(found, {}, path, overrides, say)
+        return _items(found, {}, path, overrides, made)
     if not path.is_file():
         raise KilnError("bad-manifest", f"There is no {path}.", "Give a folder of assets, or a list of them in a .toml or .csv file.")
     if path.suffix.lower() == ".csv":
-        return _items(_rows(path), {}, path.parent, overrides, say, texts=True)
+        return _items(_rows(path), {}, path.parent, overrides, made, texts=True)
     if path.suffix.lower() == ".toml":
         found, defaults = _table(path)
-        return _items(found, defaults, path.parent, overrides, say)
+        return _items(found, defaults, path.parent, overrides, made)
     if path.suffix.lower() in (*MODELS, ".spz", *picture.SUFFIXES):  # a .blend can hold hundreds
-        return _items([(path.name, {"file": str(path)})], {}, path.parent, overrides, say)
+        return _items([(path.name, {"file": str(path)})], {}, path.parent, overrides, made)
     raise KilnError("bad-manifest", f"{path.name} is no manifest: one ends in .toml or .csv.", "docs/batch.md shows both.")
 
 
@@ -284,14 +285,14 @@ def _flat(parameters: dict[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def _items(
-    entries: list[tuple[str, dict[str, Any]]], defaults: dict[str, Any], folder: Path, overrides: Overrides, say: Callable[[str], None],
+    entries: list[tuple[str, dict[str, Any]]], defaults: dict[str, Any], folder: Path, overrides: Overrides, made: Iterable[Path],
     texts: bool = False,
 ) -> list[Item]:  # fmt: skip
     """texts: parameters are texts, of a CSV file."""
     items: list[Item] = []
     for where, entry in entries:
         try:
-            files = _files(entry, folder)
+            files = _files(entry, folder, made)
         except KilnError as error:
             file = folder / str(entry.get("file", ""))
             pattern = "item_{number}" if glob.has_magic(file.name) or not file.stem else ""
@@ -302,8 +303,8 @@ def _items(
     return items
 
 
-def _files(entry: dict[str, Any], folder: Path) -> list[Path]:
-    """The files that an entry names, after a look at its keys."""
+def _files(entry: dict[str, Any], folder: Path, made: Iterable[Path]) -> list[Path]:
+    """The files that an entry names, after a look at its keys. A pattern means nothing that was made; a whole name means what it says."""
     for key, value in entry.items():
         if key not in _KEYS:
             raise KilnError("bad-manifest", f"An item has no key {key!r}.", f"Keys: {', '.join(_KEYS)}.")
@@ -318,10 +319,23 @@ def _files(entry: dict[str, Any], folder: Path) -> list[Path]:
         known = (*MODELS, *picture.SUFFIXES, ".spz")
         found = sorted(Path(os.path.abspath(one)) for one in glob.glob(str(path), recursive=True))
         found = [one for one in found if one.suffix.lower() in known or (one / "transforms.json").is_file()]
+        found = [one for one in found if not _is_made(one, made)]
         if found:
             return found
         raise KilnError("bad-input", f"No file fits {given!r}.", f"Patterns are taken from {folder}; Kiln reads {_kinds()}.")
     raise KilnError("bad-input", f"There is no file {given!r}.", f"Paths are taken from {folder}.")
+
+
+def _is_made(file: Path, made: Iterable[Path]) -> bool:
+    """Whether an earlier run made a file: one that lies with an item's results, which may be a folder beside the sources (--out .)."""
+    for own in (Path(os.path.abspath(one)) for one in made):
+        if own in file.parents:
+            top = own / file.relative_to(own).parts[0]
+            if top.name in TAKEN_NAMES or (top / RECORD).is_file():
+                return True
+        elif file == own:
+            return True
+    return False
 
 
 def _item(number: int, where: str, file: Path, entry: dict[str, Any], defaults: dict[str, Any], overrides: Overrides, texts: bool) -> Item:

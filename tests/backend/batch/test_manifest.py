@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 
@@ -73,6 +74,21 @@ def test_results_inside_the_folder_are_no_sources(props):
     (props / "out" / "chair" / "mesh.glb").write_bytes(b"")
     (props / "library.blend").write_bytes(b"")
     assert not any({"out", "library.blend"} & set(item.file.parts) for item in read(props, out=props / "out"))
+
+
+def test_a_pattern_means_no_results_of_an_earlier_run(props):
+    text = '[[items]]\nfile = "**/*.glb"\n[[items]]\nfile = "*.blend"\n[[items]]\nfile = "{}/chair/mesh.glb"'
+    for out in (props / "out", props):
+        (out / "chair").mkdir(parents=True)
+        for name in ("mesh.glb", "item.json"):
+            (out / "chair" / name).write_bytes(b"")
+        for library in (out.with_name("library.blend"), props / "hero.blend"):
+            library.write_bytes(b"")
+        place = "out" if out != props else "."
+        found = [item.file.relative_to(props).as_posix() for item in of_toml(props, text.format(place), out=out)]
+        assert found == ["chair.glb", "hero.blend", f"{place}/chair/mesh.glb".removeprefix("./")]  # the last by its whole name
+        shutil.rmtree(out / "chair")
+        out.with_name("library.blend").unlink()
 
 
 def test_results_among_the_sources_are_refused(props):
