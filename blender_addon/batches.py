@@ -40,6 +40,7 @@ LOOK = 0.5  # seconds between two looks at the batches
 QUIET = 120.0  # seconds without news after which a batch may be taken up again: its process's number may be another's by now
 OVER = ("done", "failed", "cancelled")  # states of a batch
 ENDED = ("done", "failed", "cancelled")  # states of an item
+TOLD = {"state", "begun", "pid", "updated", "items"}  # what a batch's report.json says; a recipe's is another file of that name
 _processes: dict[str, subprocess.Popen] = {}  # those that this Blender started, by batch
 
 
@@ -146,6 +147,9 @@ def order(context, given: Path | list[dict], defaults: dict, out: str, title: st
     """Writes down what is asked for, ready to `start`. given: a manifest, a folder of files, or entries of a manifest. defaults: as
     `wanted` returns them; of a manifest, {} leaves what it says. more: further fields of Order. Raises KilnError."""
     python()  # before anything is written
+    where = Path(bpy.path.abspath(out)).absolute() if out else None
+    if where is not None:
+        refuse_foreign(where)
     kept = home() / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     with session.disk_errors():
         kept.mkdir(parents=True)
@@ -162,7 +166,7 @@ def order(context, given: Path | list[dict], defaults: dict, out: str, title: st
             for name, value in defaults.get("parameters", {}).items():
                 options += ["--set", f"{name}={json.dumps(value) if not isinstance(value, str) else value}"]
             options += [part for name in ("recipe", "preset") if defaults.get(name) for part in (f"--{name}", defaults[name])]
-        where = Path(bpy.path.abspath(out)).absolute() if out else kept / "results"
+        where = where or kept / "results"
         refuse_unwritable(where)
         made = Order(title, time.time(), str(manifest), str(where), options, **more)
         made.file, made.session, made.opened = bpy.data.filepath, session.current.id, session.current.file
@@ -202,6 +206,19 @@ def refuse_unwritable(folder: Path) -> None:
     except OSError as error:
         words = f"The output folder {folder} cannot be written: {error.strerror or error}."
         raise KilnError("disk", words, "Choose another one, or check its permissions.") from None
+
+
+def refuse_foreign(folder: Path) -> None:
+    """A batch would write over a report.json of something else, as `kiln run --out` leaves one: KilnError says so."""
+    try:
+        foreign = _report(folder) is None
+    except ValueError:
+        foreign = True
+    except OSError:  # there is none
+        foreign = False
+    if foreign:
+        words = f"The output folder {folder} holds a report.json that is not a batch's."
+        raise KilnError("bad-output", words, "Choose another output folder, or a new one in it.")
 
 
 # The process
@@ -333,7 +350,7 @@ def look(folder: Path) -> Batch | None:
         return None
     out, report, begun = Path(order.out), None, 0.0
     with suppress(OSError, ValueError):
-        report = json.loads((out / "report.json").read_text("utf-8"))
+        report = _report(out)
     with suppress(OSError):
         begun = (folder / "pid").stat().st_mtime
     alive = _alive(folder, report)
@@ -350,6 +367,12 @@ def look(folder: Path) -> Batch | None:
                 pictures[item["name"]] = picture
                 break
     return Batch(folder.name, folder, order, report, state, tail(folder / "log.txt") if state == "interrupted" else "", pictures)
+
+
+def _report(out: Path) -> dict | None:
+    """A batch's report.json; None if it is that of something else. Raises OSError and ValueError."""
+    report = json.loads((out / "report.json").read_text("utf-8"))
+    return report if isinstance(report, dict) and TOLD <= report.keys() else None
 
 
 def _alive(folder: Path, report: dict | None) -> bool:
@@ -372,6 +395,7 @@ class Watch(threading.Thread):
         self._home = home()
         self._closing = threading.Event()
         self._known: dict[str, tuple[tuple, Batch]] = {}
+        self._unreadable: set[str] = set()  # folders whose fault was printed
 
     def run(self) -> None:
         first = True
@@ -400,16 +424,24 @@ class Watch(threading.Thread):
         with suppress(OSError):
             folders = [folder for folder in self._home.iterdir() if folder.is_dir()]
         for folder in folders:
-            before = self._known.get(folder.name)
-            report = before[1].out / "report.json" if before else None
-            stamp = (_stamp(folder / "batch.json"), _stamp(folder / "pid"), _stamp(report) if report else None)
-            still = before and before[0] == stamp and (not before[1].active or _alive(folder, before[1].report))
-            found = before[1] if still else look(folder)
-            if found is not None:
-                known[folder.name] = ((*stamp[:2], _stamp(found.out / "report.json")), found)
+            try:
+                if (one := self._look(folder)) is not None:
+                    known[folder.name] = one
+            except Exception:  # one that cannot be read hides itself alone
+                if folder.name not in self._unreadable:
+                    traceback.print_exc()
+                self._unreadable.add(folder.name)
         different = {id: one for id, (_, one) in known.items()} != {id: one for id, (_, one) in self._known.items()}
         self._known = known
         return different
+
+    def _look(self, folder: Path) -> tuple[tuple, Batch] | None:
+        before = self._known.get(folder.name)
+        report = before[1].out / "report.json" if before else None
+        stamp = (_stamp(folder / "batch.json"), _stamp(folder / "pid"), _stamp(report) if report else None)
+        still = before and before[0] == stamp and (not before[1].active or _alive(folder, before[1].report))
+        found = before[1] if still else look(folder)
+        return ((*stamp[:2], _stamp(found.out / "report.json")), found) if found is not None else None
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

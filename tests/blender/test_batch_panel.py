@@ -244,6 +244,20 @@ def test_two_batches_do_not_share_an_output_folder(tmp_path, home, alive):
     assert refused(batch_panel.ordered, bpy.context) == "already-running"
 
 
+@pytest.mark.parametrize("content", ['{"faces": 800, "parameters": {}}', "[1]", "My notes"])
+def test_a_folder_with_the_report_of_something_else_is_refused_and_stays_as_it_is(tmp_path, home, content):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "report.json").write_text(content)
+    select(cube("Box"))
+    bpy.context.scene.kiln.batch.out = str(out)
+    assert refused(batch_panel.ordered, bpy.context) == "bad-output"
+    assert [one.name for one in out.iterdir()] == ["report.json"] and not (home / "batches").exists()
+    make(home, "done", [item("Box", "done")], out=str(tmp_path / "earlier"))
+    bpy.context.scene.kiln.batch.out = str(tmp_path / "earlier")
+    assert batch_panel.ordered(bpy.context).out == tmp_path / "earlier", "a batch's folder is gone on with"
+
+
 # How batches stand
 
 
@@ -331,6 +345,23 @@ def test_the_thread_tells_changes_once_reads_nothing_twice_and_forgets_what_is_g
     assert watch.look() and [batch.state for batch in watch.batches().values()] == ["done"]
     (folder / "batch.json").write_text("{")  # in the middle of being written by somebody
     assert watch.look() and not watch.batches()
+
+
+@pytest.mark.parametrize("content", ['{"faces": 800, "parameters": {}}', "[1]", '{"state": "done", "pid": 1, "updated": 0, "items": []}'])
+def test_a_foreign_report_in_the_output_folder_counts_as_none(home, content):
+    folder = make(home, "", [], DEAD)
+    (folder / "results" / "report.json").write_text(content)
+    batch = batches.look(folder)
+    assert (batch.state, batch.report) == ("interrupted", None)
+
+
+def test_a_batch_that_cannot_be_read_hides_itself_alone(home, capsys):
+    bad, good = (make(home, "done", [item("A", "done")], id=f"20260101-000000-{name}") for name in ("bad", "good"))
+    report = json.loads((bad / "results" / "report.json").read_text())
+    (bad / "results" / "report.json").write_text(json.dumps({**report, "begun": "yesterday"}))
+    watch = batches.Watch()
+    assert watch.look() and list(watch.batches()) == [good.name]
+    assert not watch.look() and capsys.readouterr().err.count("Traceback") == 1, "told once"
 
 
 def test_the_list_has_the_newest_first_keeps_the_choice_and_shows_its_items(home):
