@@ -468,15 +468,11 @@ class Batch:
             for work in self.works
             if work.state == "done"
         ]
-        before = (self.before.get("library") or {}) if self.options.library.exists() else {}
-        if (
-            before.get("file") == str(self.options.library)
-            and not before["error"]
-            and all(work.is_old for work in self.works if work.record)
-        ):
+        before = (self.before.get("library") or {}) if self.options.library.exists() and self.before.get("state") == "done" else {}
+        self.library = {"file": str(self.options.library), "catalog": self.options.catalog, "assets": 0, "error": None}
+        if before.get("assets") and {**before, "assets": 0} == self.library and all(work.is_old for work in self.works if work.record):
             self.library = before  # nothing has been made since
             return
-        self.library = {"file": str(self.options.library), "assets": 0, "error": None}
         if not assets:
             return
         fields = {"assets": assets, "file": str(self.options.library), "catalog": self.options.catalog}
@@ -491,6 +487,7 @@ class Batch:
                     self.tell.say(f"The library was not written. {news.error}")
                 else:
                     self.tell.show(news.fraction, f"asset library: {news.text}")
+            self.write()
 
     def cancel(self) -> None:
         """Stops what is under way; the engine keeps what its jobs have finished, and the same command goes on with it."""

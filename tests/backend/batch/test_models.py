@@ -77,8 +77,22 @@ def test_models_of_a_file_by_pattern_with_a_blender_that_dies(bench, tmp_path, c
     for name in ("Chair_A", "Chair_B"):
         assert (bench.out / name / f"{name}.fbx").read_bytes().startswith(b"Kaydara FBX Binary")
         assert f"{name}.fbx" in json.loads((bench.out / name / "item.json").read_text())["files"]
-    assert bench.report()["library"] == {"file": str(tmp_path / "props.blend"), "assets": 2, "error": None}
+    library = {"file": str(tmp_path / "props.blend"), "catalog": "Kit/Chairs", "assets": 2, "error": None}
+    assert bench.report()["library"] == library
     assert ":Kit/Chairs:" in (tmp_path / "blender_assets.cats.txt").read_text()
+    written = (tmp_path / "props.blend").stat().st_mtime_ns
+    bench.batch(*words, code=1)
+    assert bench.report()["library"] == library and (tmp_path / "props.blend").stat().st_mtime_ns == written
+
+    words[-1] = "Kit/Seats"
+    process = bench.begin(*words)
+    bench.until(lambda: bench.report()["state"] == "running" and bench.report()["library"], "Blender opens the library")
+    (bench.out / "cancel").touch()
+    bench.end(process, 130)
+    assert bench.report()["state"] == "cancelled" and bench.report()["library"]["assets"] == 0
+    bench.batch(*words, code=1)
+    assert bench.report()["library"] == {**library, "catalog": "Kit/Seats"}
+    assert ":Kit/Seats:" in (tmp_path / "blender_assets.cats.txt").read_text()
 
 
 def test_captures_leave_room_on_the_disk(bench, tmp_path, command, small_disk):
