@@ -376,14 +376,20 @@ def _report(out: Path) -> dict | None:
 
 
 def _alive(folder: Path, report: dict | None) -> bool:
-    """Whether somebody works through it: the process that was started last, or one that was started in a terminal."""
+    """Whether somebody works through it: the process that was started last, or one that was started in a terminal. A number alone says
+    little, as the system gives it to another process some day: one that was heard of lately counts."""
     process = _processes.get(folder.name)
     if process is not None and process.poll() is None:
         return True
+    started, numbers = 0.0, set()
     with suppress(OSError, ValueError):
-        if process is None and lives(int((folder / "pid").read_text())):
-            return True
-    return bool(report and report["state"] == "running" and lives(report["pid"]) and time.time() - report["updated"] < QUIET)
+        started = (folder / "pid").stat().st_mtime
+        if process is None:
+            numbers.add(int((folder / "pid").read_text()))
+    if report and report["state"] == "running":
+        numbers.add(report["pid"])
+    last = max(started, (report or {}).get("updated", 0.0))
+    return time.time() - last < QUIET and any(map(lives, numbers))
 
 
 class Watch(threading.Thread):

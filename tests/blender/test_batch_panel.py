@@ -281,6 +281,31 @@ def test_the_state_follows_from_the_report_and_whether_somebody_works_on_it(home
     assert ("Blender is missing" in batch.said) == (state == "interrupted")
 
 
+@pytest.mark.parametrize("told", ["", "running", "done"])
+def test_a_process_that_got_the_number_of_one_long_gone_holds_no_batch(home, alive, told):
+    day = 86400
+    folder = make(home, told, [item("Box", "computing")], alive, began=-day)
+    os.utime(folder / "pid", (time.time() - day, time.time() - day))
+    watch = batches.Watch()
+    watch.look()
+    batch = watch.batches()[folder.name]
+    assert not batch.active and batch.state == (told if told == "done" else "interrupted")
+    if told:  # it goes on in a terminal
+        report = json.loads((batch.out / "report.json").read_text())
+        (batch.out / "report.json").write_text(json.dumps({**report, "state": "running", "updated": time.time()}))
+        watch.look()
+        assert watch.batches()[folder.name].state == "running"
+
+
+def test_a_batch_without_news_is_taken_for_dead_while_the_thread_looks(home, alive, monkeypatch):
+    folder = make(home, "running", [item("Box", "computing")], alive)
+    watch = batches.Watch()
+    watch.look()
+    assert watch.batches()[folder.name].state == "running"
+    monkeypatch.setattr(batches, "QUIET", 0.0)
+    assert watch.look() and watch.batches()[folder.name].state == "interrupted"
+
+
 BROKEN = item("A", "failed", error={"code": "bad-file", "message": "It is broken.", "hint": "Mend it."})
 FINISHED = item("A", "done", figures={"faces": 800, "mesh_psnr": 31.2}, seconds={"compute": 70.0}, warnings=["Thin."])
 AT_WORK = item("A", "computing", stage="Fit splats", fraction=0.5, text="step 3")
