@@ -47,7 +47,7 @@ class Writer:
         states = [item["state"] for item in told["items"]]
         if last or now >= self._paged + PAGE_SECONDS and states != self._shown:
             self._paged, self._shown = now, states
-            items.write_text(self._out / "index.html", page(told))
+            items.write_text(self._out / "index.html", page(told, self._out))
 
 
 def head(state: str, begun: float, seconds_left: float | None, out: Path, manifest: str) -> dict[str, Any]:
@@ -108,8 +108,10 @@ def duration(seconds: float) -> str:
 # -- The page --------------------------------------------------------------------------------------------------------------------------
 
 
-def page(told: dict[str, Any]) -> str:
-    """index.html of a report: totals, what went wrong and what to do, then every item with its source and its result."""
+def page(told: dict[str, Any], folder: Path) -> str:
+    """index.html of a report: totals, what went wrong and what to do, then every item with its source and its result. folder: where the
+    page will lie, which for a shard is not the folder of results; its links are relative to it."""
+    way = quote(Path(os.path.relpath(told["out"], folder)).as_posix())
     found = told["items"]
     counts = {state: sum(item["state"] == state for item in found) for state in ("done", "failed", "cancelled")}
     warned = sum(bool(item["warnings"]) for item in found if item["state"] == "done")
@@ -135,7 +137,7 @@ def page(told: dict[str, Any]) -> str:
         tiles=shown,
         trouble=_trouble(told),
         failures=_failures(wrong) if wrong else "",
-        cards="".join(_card(number, item) for number, item in enumerate(found) if item["state"] != "failed"),
+        cards="".join(_card(number, item, way) for number, item in enumerate(found) if item["state"] != "failed"),
     )
 
 
@@ -159,7 +161,8 @@ def _failures(wrong: Iterable[dict[str, Any]]) -> str:
     )
 
 
-def _card(number: int, item: dict[str, Any]) -> str:
+def _card(number: int, item: dict[str, Any], way: str) -> str:
+    """way: from the page to the folder of results, as a relative address."""
     figures, seconds, name = item["figures"], spent(item["seconds"]), item["name"]
     psnr = figures.get("mesh_psnr")
     facts = [
@@ -178,14 +181,14 @@ def _card(number: int, item: dict[str, Any]) -> str:
             "mesh.glb": "GLB", "game.glb": "game GLB", f"{name}.fbx": "FBX", "comparison.png": "comparison", "report.json": "figures",
         }  # fmt: skip
         there = {file: label for file, label in files.items() if (Path(item["folder"]) / file).is_file()}
-        links = " ".join(f'<a href="{quote(name)}/{quote(file)}">{label}</a>' for file, label in there.items())
+        links = " ".join(f'<a href="{way}/{quote(name)}/{quote(file)}">{label}</a>' for file, label in there.items())
     warnings = "".join(f"<li>{_text(text)}</li>" for text in item["warnings"])
     notes = "".join(f"<p>{_text(text)}</p>" for text in item["notes"])
     low = f'<li class="low">{psnr:.1f} dB on views that the fit had not seen: compare the pictures.</li>' if _is_low(item) else ""
     return (
         f'<article class="{kind}" data-name="{_text(name.lower())}" data-number="{number}" data-seconds="{seconds:.0f}"'
         f' data-faces="{figures.get("faces", 0)}" data-psnr="{psnr if psnr is not None else 999:.2f}" data-kind="{kind}">'
-        f'<div class="pair">{_picture(item, "source")}{_picture(item, "result")}</div><h3>{_text(name)}</h3>'
+        f'<div class="pair">{_picture(item, "source", way)}{_picture(item, "result", way)}</div><h3>{_text(name)}</h3>'
         f'<p class="from">{_text(" · ".join(filter(None, origin)))}</p>'
         f'<p class="facts">{"".join(f"<span><b>{value}</b> {unit}</span>" for value, unit in filter(None, facts))}'
         f"{f'<em>{_text(state)}</em>' if state else ''}</p>"
@@ -194,11 +197,11 @@ def _card(number: int, item: dict[str, Any]) -> str:
     )
 
 
-def _picture(item: dict[str, Any], which: str) -> str:
+def _picture(item: dict[str, Any], which: str, way: str) -> str:
     path = Path(item["folder"]).parent / THUMBNAILS / f"{item['name']}.{which}.png"
     if not path.exists() or which == "result" and item["state"] != "done":
         return f'<figure class="none"><figcaption>{which}</figcaption></figure>'
-    place = f"{THUMBNAILS}/{quote(path.name)}"
+    place = f"{way}/{THUMBNAILS}/{quote(path.name)}"
     return f'<figure><img src="{place}" alt="{which} of {_text(item["name"])}" loading="lazy"><figcaption>{which}</figcaption></figure>'
 
 

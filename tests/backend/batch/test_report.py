@@ -61,11 +61,14 @@ def out(tmp_path):
     return tmp_path
 
 
-def test_everything_that_is_shown_lies_beside_it(out):
-    page = Page(report.page(told(out, [item("a b#"), item("c")])))
+@pytest.mark.parametrize("place", [".", ".work/.shards/3-of-20"])
+def test_everything_that_is_shown_lies_beside_it(out, place):
+    folder = out / place
+    folder.mkdir(parents=True, exist_ok=True)
+    page = Page(report.page(told(out, [item("a b#"), item("c")]), folder))
     assert len(page.links) == 3  # two thumbnails and the GLB; what is not there is not linked
     for link in page.links:
-        assert not urlsplit(link).scheme and not urlsplit(link).netloc and (out / unquote(link)).is_file()
+        assert not urlsplit(link).scheme and not urlsplit(link).netloc and (folder / unquote(link)).is_file()
     assert Image.open(out / "thumbnails" / "a b#.source.png").size == (320, 240)
 
 
@@ -82,7 +85,7 @@ def test_totals_failures_and_figures(out):
         item("broken", "failed", error=broken),
         item("later", "waiting"),
     ]  # fmt: skip
-    page = Page(report.page(told(out, items)))
+    page = Page(report.page(told(out, items), out))
     words = " ".join(" ".join(page.words).split())
     for shown in (
         "3 done",
@@ -117,9 +120,9 @@ def test_totals_failures_and_figures(out):
 def test_a_run_that_broke_off_says_why(out):
     error = {"code": "no-space", "message": "The disk is full.", "hint": "Free some space."}
     library = {"file": "x.blend", "assets": 0, "error": {"code": "bad-file", "message": "The library is damaged.", "hint": ""}}
-    words = " ".join(Page(report.page(told(out, [item("a", "waiting")], "failed", error=error, library=library))).words)
+    words = " ".join(Page(report.page(told(out, [item("a", "waiting")], "failed", error=error, library=library), out)).words)
     assert "Broken off" in words and "The disk is full. Free some space." in words and "The library is damaged." in words
-    assert 'http-equiv="refresh"' in report.page(told(out, [item("a", "computing")], "running"))
+    assert 'http-equiv="refresh"' in report.page(told(out, [item("a", "computing")], "running"), out)
 
 
 def test_a_picture_that_cannot_be_read_has_no_thumbnail(tmp_path):
