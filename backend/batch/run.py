@@ -301,11 +301,17 @@ class Batch:
         while self.captured and self.engine is not None and len(self.jobs) <= self.engine.slots:
             work = self.captured.popleft()
             with self._failing(work):
-                key = "batch-" + hashlib.sha256(f"{self.out}\0{work.item.name}\0{work.fingerprint}".encode()).hexdigest()[:40]
-                work.job = self.engine.submit(key, work.item.recipe, work.values, work.inputs or {}, work.item.name)
+                work.job = self.engine.submit(self._key(work), work.item.recipe, work.values, work.inputs or {}, work.item.name)
                 work.submitted, work.begun = time.monotonic(), 0.0
                 work.at("queued")
                 self.jobs[work.job] = work
+
+    def _key(self, work: Work) -> str:
+        """By which the engine knows the job again: this item with these inputs, which Blender may make differently of the same file."""
+        digest = hashlib.sha256(f"{self.out}\0{work.item.name}\0{work.fingerprint}".encode())
+        for name, file in sorted((work.inputs or {}).items()):
+            digest.update(f"\0{name}\0{items.content_hash(file)}".encode())
+        return f"batch-{digest.hexdigest()[:40]}"
 
     def hear(self) -> None:
         """Waits a moment for news, and deals with it."""

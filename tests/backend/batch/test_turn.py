@@ -1,10 +1,12 @@
 """Single steps of a batch, in this process: what it finds before it begins, what it hands out, and what it takes in."""
 
+import errno
 import json
 
 import pytest
 
 from backend.batch import manifest, run
+from backend.batch.engine import Event
 from backend.batch.run import Batch, Options
 from protocol.errors import KilnError
 
@@ -56,3 +58,44 @@ def test_a_report_of_somebody_elses_is_not_written_over(found, out, content):
 def test_a_report_of_kilns_is(found, out):
     (out / "report.json").write_text(json.dumps({"items": []}))
     assert len(begun(found, out).waiting) == 2
+
+
+class Engine:
+    """Takes jobs and notes what it was asked."""
+
+    slots = 4
+
+    def __init__(self):
+        self.keys, self.forgotten, self.full = [], [], False
+
+    def submit(self, key, recipe, values, inputs, title):
+        self.keys.append(key)
+        return key
+
+    def poll(self, timeout):
+        return [Event(key, "done") for key in self.keys]
+
+    def fetch(self, id, folder):
+        folder.mkdir(parents=True)
+        (folder / "mesh.glb").write_bytes(b"1")
+        if self.full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def forget(self, id):
+        self.forgotten.append(id)
+
+    def close(self): ...
+
+
+def test_other_inputs_are_another_job_and_the_same_inputs_the_same(found, out, tmp_path):
+    (tmp_path / "view.png").write_bytes(b"captured")
+    keys = []
+    for content in (b"captured", b"captured", b"captured anew"):
+        (tmp_path / "view.png").write_bytes(content)
+        batch = begun(found, out)
+        batch.engine, work = Engine(), batch.works[0]
+        work.inputs = {"view_0.png": tmp_path / "view.png"}
+        batch.captured.append(work)
+        batch.submit()
+        keys += batch.engine.keys
+    assert keys[0] == keys[1] != keys[2]
