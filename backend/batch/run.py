@@ -357,7 +357,7 @@ class Batch:
         try:
             engine.fetch(work.job, folder.fetched)
         except (KilnError, OSError) as error:
-            if not isinstance(error, KilnError) or error.code not in ENDS_ALL:
+            if not disk.is_full(error) and (not isinstance(error, KilnError) or error.code not in ENDS_ALL):
                 engine.forget(work.job)  # results that cannot be read would be fetched again and again
             raise
         work.figures, found = report.figures_of(folder.fetched)

@@ -99,3 +99,21 @@ def test_other_inputs_are_another_job_and_the_same_inputs_the_same(found, out, t
         batch.submit()
         keys += batch.engine.keys
     assert keys[0] == keys[1] != keys[2]
+
+
+def test_a_disk_that_fills_while_results_come_leaves_them_with_the_engine(found, out):
+    batch = begun(found[:1], out)
+    batch.engine = Engine()
+    batch.capture()
+    batch.submit()
+    batch.engine.full = True
+    with pytest.raises(KilnError) as ended:
+        batch.hear()
+    assert ended.value.code == "no-space" and batch.engine.forgotten == []
+
+    batch = begun(found[:1], out)  # the same command, once there is room
+    batch.engine = Engine()
+    batch.capture()
+    batch.submit()
+    batch.hear()
+    assert batch.works[0].state == "done" and batch.engine.forgotten == batch.engine.keys
