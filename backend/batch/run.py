@@ -256,17 +256,29 @@ class Batch:
             raise _Asked
 
     def capture(self) -> None:
-        """Gives Blenders their next captures, as far ahead of the engine as its slots and the disk want; files need none."""
+        """Gives Blenders their next captures, as far ahead of the engine as its slots and the disk want; files need none.
+
+        What the disk has no room for goes behind the others. If nothing else is left or under way, which might free some, the run ends.
+        """
+        taken, wanted = 0, 0
         for _ in range(len(self.waiting)):
             slots = self.engine.slots if self.engine is not None else 0
             ahead = len(self.captured) + self.blenders.busy
             work = self.waiting[0]
-            if work.record is None and ahead >= max(slots, self.options.captures) + AHEAD or not self._has_room(work):
+            if work.record is None and ahead >= max(slots, self.options.captures) + AHEAD:
                 return
+            if needed := self._lacking(work):
+                wanted = needed
+                self.waiting.rotate(-1)
+                continue
             self.waiting.popleft()
+            taken += 1
             work.attempts += 1
             with self._failing(work):
                 self._prepare(work)
+        if wanted and not (taken or self.jobs or self.captured or self.blenders.busy):
+            free = disk.size_text(shutil.disk_usage(self.out).free)
+            raise self._full(f"The disk of {self.out} has {free} left; a capture wants {disk.size_text(wanted)} free.")
 
     def _prepare(self, work: Work) -> None:
         item, folder = work.item, work.folder
@@ -284,17 +296,14 @@ class Batch:
             fields: dict[str, Any] = {"file": str(item.file), "recipe": item.recipe, "values": item.values, "folder": str(folder.inputs)}
             self.blenders.give((work, "capture"), "capture", subject=item.subject, **fields)
 
-    def _has_room(self, work: Work) -> bool:
-        """Whether the disk takes another capture; if not and nothing is under way that will free some, the run cannot go on."""
+    def _lacking(self, work: Work) -> int:
+        """Bytes that its capture wants free on the disk, if they are not; 0 where there is room, or nothing to capture."""
         if work.record is not None or work.item.kind != "model":
-            return True
+            return 0
         values = work.item.values
         pixels = values.get("capture.views", 0) + values.get("capture.holdout", 0)
         needed = max(self.largest, pixels * values.get("capture.size", 0) ** 2 * PIXEL_BYTES) + SPARE_BYTES
-        free = shutil.disk_usage(self.out).free
-        if free < needed and not (self.jobs or self.captured or self.blenders.busy):
-            raise self._full(f"The disk of {self.out} has {disk.size_text(free)} left; a capture wants {disk.size_text(needed)} free.")
-        return free >= needed
+        return needed if shutil.disk_usage(self.out).free < needed and work.folder.captured(work.fingerprint) is None else 0
 
     def submit(self) -> None:
         """Hands captured items to the engine: one more than it runs at once, so that it never waits for inputs."""

@@ -117,3 +117,28 @@ def test_a_disk_that_fills_while_results_come_leaves_them_with_the_engine(found,
     batch.submit()
     batch.hear()
     assert batch.works[0].state == "done" and batch.engine.forgotten == batch.engine.keys
+
+
+def test_a_disk_without_room_for_captures_holds_up_nothing_else(out, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "SPARE_BYTES", 10**18)  # which no disk has
+    for name in ("a.glb", "b.glb", "c.glb", "d.spz"):
+        (tmp_path / "props" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "props" / name).write_bytes(name.encode())
+    items = manifest.read(tmp_path / "props", manifest.Overrides(), [])
+    kept = begun(items, out).works[2]
+    kept.folder.inputs.mkdir(parents=True)
+    (kept.folder.inputs / "view.png").write_bytes(b"1")
+    kept.folder.keep_captured(kept.fingerprint, {"inputs": {"view.png": str(kept.folder.inputs / "view.png")}})
+
+    batch = begun(items, out)
+    batch.engine = Engine()
+    batch.capture()
+    assert [work.item.name for work in batch.captured] == ["c", "d"]
+    assert [work.item.name for work in batch.waiting] == ["a", "b"]
+    batch.submit()
+    batch.capture()  # what is under way may free some room
+    batch.hear()
+    assert [work.state for work in batch.works] == ["waiting", "waiting", "done", "done"]
+    with pytest.raises(KilnError, match="a capture wants") as ended:
+        batch.capture()
+    assert ended.value.code == "no-space"
