@@ -31,6 +31,7 @@ ATTEMPTS = 2  # failures are tried once more, after all others
 AHEAD = 2  # captures that wait for the engine beyond its slots, at most
 TURN_SECONDS = 0.2  # that news of Blender waits while the engine is listened to
 QUIET_TURN_SECONDS = 1.0  # that the cancel file waits
+LOCK_SECONDS = 1.0  # after which a lock is held by a run
 SHARDS = ".shards"
 SPARE_BYTES = 500_000_000  # that captures leave free on the disk
 PIXEL_BYTES = 12  # of a captured view: colour, depth, normals and materials, packed
@@ -110,13 +111,23 @@ class _Asked(Exception):
 
 @contextlib.contextmanager
 def _held(options: Options) -> Iterator[None]:
-    """The folder of results, for this run alone; a shard's beside other shards."""
-    place, others = options.place / items.WORK, f"{items.WORK}/{SHARDS}/*/{items.WORK}"
+    """The folder of results, for this run alone; a shard's beside others of as many shards, which have other items.
+
+    Each takes its own lock before it looks at the others', so that of two that may not run at once at least one sees the other.
+    """
+    place = options.place / items.WORK
     with contextlib.ExitStack() as held:
         try:
             place.mkdir(parents=True, exist_ok=True)
-            for folder in [place, *(options.out.glob(others) if options.shard is None else ())]:
-                held.enter_context(disk.lock(folder / "lock"))
+            held.enter_context(disk.lock(place / "lock"))
+            shards = sorted((options.out / items.WORK / SHARDS).glob(f"*/{items.WORK}"))
+            if options.shard is None:
+                for folder in shards:
+                    held.enter_context(disk.lock(folder / "lock"))
+            else:
+                strangers = [folder for folder in shards if not folder.parent.name.endswith(f"-of-{options.shard[1]}")]
+                for folder in (options.out / items.WORK, *strangers):
+                    _see_free(folder / "lock")
         except BlockingIOError as error:
             holder = f" (process {error.args[0]})" if error.args[0] else ""
             raise KilnError(
@@ -129,6 +140,19 @@ def _held(options: Options) -> Iterator[None]:
             raise KilnError("bad-input", words, "Name another --out.") from None
         (options.place / "cancel").unlink(missing_ok=True)
         yield
+
+
+def _see_free(lock: Path) -> None:
+    """Raises BlockingIOError if a run holds the lock; another shard that looks at it holds it for a moment, too."""
+    until = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            disk.lock(lock).close()
+            return
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.05)
 
 
 class Batch:

@@ -1,7 +1,9 @@
 """Single steps of a batch, in this process: what it finds before it begins, what it hands out, and what it takes in."""
 
+import contextlib
 import errno
 import json
+import os
 
 import pytest
 
@@ -58,6 +60,19 @@ def test_a_report_of_somebody_elses_is_not_written_over(found, out, content):
 def test_a_report_of_kilns_is(found, out):
     (out / "report.json").write_text(json.dumps({"items": []}))
     assert len(begun(found, out).waiting) == 2
+
+
+@pytest.mark.parametrize("runs, other", [((None,), (1, 3)), (((1, 3), (2, 3)), None), (((1, 3),), (1, 4)), (((1, 13),), (2, 3))])
+def test_runs_that_would_share_items_do_not_run_at_once(out, monkeypatch, runs, other):
+    monkeypatch.setattr(run, "LOCK_SECONDS", 0.1)
+    with contextlib.ExitStack() as held:
+        for shard in runs:
+            held.enter_context(run._held(Options(out, "props", shard=shard)))
+        with pytest.raises(KilnError, match=f"process {os.getpid()}") as refused, run._held(Options(out, "props", shard=other)):
+            pass
+        assert refused.value.code == "already-running"
+    with run._held(Options(out, "props", shard=other)):
+        pass
 
 
 class Engine:
