@@ -175,7 +175,8 @@ def batch(
     try:
         report = batches.finish(ordered, progress)
     finally:
-        batches.remove(ordered)
+        if not batches.at_work(ordered):  # else, after many a Ctrl-C, its files are still read
+            batches.remove(ordered)
     return [
         Result(
             item["name"], item["recipe"], item["state"], Path(item["folder"]) if item["state"] == "done" else None, item["figures"] or {},

@@ -267,15 +267,23 @@ def start(batch: Batch, again: bool = False) -> subprocess.Popen:
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=str(batch.folder), **apart
             )
+        _processes[batch.id] = process
         (batch.folder / "pid").write_text(str(process.pid))
-    _processes[batch.id] = process
     return process
 
 
+def at_work(batch: Batch) -> bool:
+    """Whether the process that this Blender started for it runs still."""
+    process = _processes.get(batch.id)
+    return process is not None and process.poll() is None
+
+
 def finish(batch: Batch, progress: Callable[[dict], None] | None = None, again: bool = False) -> dict:
-    """Starts a batch, waits for its end and returns its report: for scripts. Ctrl-C cancels it. Raises KilnError."""
-    process, shown = start(batch, again), None
+    """Starts a batch, waits for its end and returns its report: for scripts. Ctrl-C cancels it, and so does what `progress` raises;
+    a second Ctrl-C does not wait for what it is at. Raises KilnError."""
+    shown = None
     try:
+        process = start(batch, again)
         while process.poll() is None:
             time.sleep(0.1)
             now = look(batch.folder)
@@ -286,15 +294,28 @@ def finish(batch: Batch, progress: Callable[[dict], None] | None = None, again: 
                 progress(shown)
             else:
                 session.terminal(f"{batch.order.title}: {now.count(*ENDED)} of {len(now.items)}{' · '.join(['', *doing(now)])}")
-    except KeyboardInterrupt:
-        cancel(batch)
-        process.wait()
+    except BaseException as error:
+        _stop(batch)
+        if not isinstance(error, KeyboardInterrupt):
+            raise
         raise KilnError("cancelled", "The batch was cancelled.", "The same again goes on where it stopped.") from None
     now = look(batch.folder)
     if now is None or now.report is None or now.state not in OVER:
         last = (tail(batch.folder / "log.txt").splitlines() or ["it said nothing"])[-2:]
         raise KilnError("batch-failed", f"`kiln batch` ended with status {process.returncode}: {' '.join(' '.join(last).split())}", "")
     return now.report
+
+
+def _stop(batch: Batch) -> None:
+    """Cancels a batch of this Blender's and waits until its process has ended; a Ctrl-C meanwhile ends that at once."""
+    try:
+        while at_work(batch):
+            cancel(batch)  # again and again: what is asked before it has begun, it does not see
+            time.sleep(0.1)
+    except BaseException:
+        process = _processes[batch.id]
+        process.terminate()
+        process.wait()
 
 
 def doing(batch: Batch) -> list[str]:

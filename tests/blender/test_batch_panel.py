@@ -1,11 +1,13 @@
 """The panel Batch: what it asks for, what it shows of each state, how results come in, and what it refuses. Batches are folders written
 here; that of a real run is tests/end_to_end/test_batch.py's."""
 
+import _thread
 import fnmatch
 import json
 import os
 import subprocess
 import sys
+import threading
 import time
 import tomllib
 from pathlib import Path
@@ -505,6 +507,88 @@ def test_the_process_is_started_apart_with_this_blender_and_its_words_go_to_the_
     assert Path(place).samefile(folder) and not (batch.out / "cancel").exists()
     assert (folder / "pid").read_text() == str(process.pid)
     batches._processes.clear()
+
+
+# Runs as `kiln batch`: tells that it is at work and waits for the word to stop, which it heeds only where SLOW is not set. Then it takes
+# its time, and leaves behind whether what it was asked for was still there.
+STAND_IN = """
+import json, os, pathlib, sys, time
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+def tell(state):
+    report = {"state": state, "pid": os.getpid(), "begun": time.time(), "updated": time.time(), "items": []}
+    (out / "new.json").write_text(json.dumps(report))
+    os.replace(out / "new.json", out / "report.json")
+tell("running")
+end = time.monotonic() + 60
+while time.monotonic() < end and (os.environ.get("SLOW") or not (out / "cancel").exists()):
+    time.sleep(0.02)
+time.sleep(0.3)
+(out / "ended.txt").write_text(str(os.path.exists("manifest.toml")))
+tell("cancelled")
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """A backend whose `kiln batch` does nothing but wait; gives the file to make an asset of and the folder for results."""
+    (tmp_path / "modules" / "backend").mkdir(parents=True)
+    (tmp_path / "modules" / "backend" / "cli.py").write_text(STAND_IN)
+    (tmp_path / "box.glb").write_bytes(b"")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "modules"))
+    session.current.connect()
+    yield tmp_path / "box.glb", tmp_path / "out"
+    for process in batches._processes.values():
+        process.kill()
+        process.wait()
+    batches._processes.clear()
+
+
+@pytest.mark.parametrize(("raised", "seen"), [(ValueError("mine"), ValueError), (KeyboardInterrupt(), KilnError)])
+def test_what_a_script_raises_cancels_its_batch_and_waits_for_it_before_its_files_go(home, stand_in, raised, seen):
+    file, out = stand_in
+
+    def progress(report):
+        raise raised
+
+    with pytest.raises(seen) as failure:
+        api.batch(file, out, progress=progress)
+    assert seen is ValueError or failure.value.code == "cancelled"
+    assert (out / "ended.txt").read_text() == "True" and not list((home / "batches").iterdir())
+
+
+def test_a_second_interrupt_ends_a_process_that_takes_its_time(home, stand_in, monkeypatch):
+    file, out = stand_in
+    monkeypatch.setenv("SLOW", "1")
+    held = []
+
+    def again():
+        while not (out / "cancel").exists():
+            time.sleep(0.02)
+        _thread.interrupt_main()
+
+    def progress(report):
+        held.extend(batches._processes.values())
+        threading.Thread(target=again).start()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KilnError, match="was cancelled"):
+        api.batch(file, out, progress=progress)
+    assert held[0].poll() is not None and not (out / "ended.txt").exists()
+    assert not list((home / "batches").iterdir())
+
+
+def test_the_files_of_a_batch_stay_as_long_as_its_process_lives(home, stand_in, monkeypatch):
+    file, out = stand_in
+
+    def given_up(batch, progress):
+        batches.start(batch)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(batches, "finish", given_up)
+    with pytest.raises(KeyboardInterrupt):
+        api.batch(file, out)
+    (folder,) = (home / "batches").iterdir()
+    assert (folder / "manifest.toml").exists() and batches.look(folder).active
 
 
 # Scripts and the command line
