@@ -167,11 +167,13 @@ def test_an_input_is_put_once_for_all_items_that_use_it(farm):
     assert farm.submit("same 1", seed=1) == ids[1]  # the same key: the same job
     ends = farm.follow(ids)
     assert all(end.kind == "done" for end in ends.values())
+    results = [farm.root / "scratch" / farm.engine._jobs[id].token for id in ids]
+    assert all(any(folder.iterdir()) for folder in results)
     for id in ids:
         farm.engine.forget(id)
         farm.engine.forget(id)
     assert shared[0] not in farm.engine._files
-    assert not any((farm.root / "scratch" / farm_id).exists() for farm_id in shared)
+    assert not any(folder.exists() for folder in results)
 
 
 def test_a_cancelled_job_stops_in_the_middle_of_a_step_and_can_be_submitted_again(farm):
