@@ -1,7 +1,8 @@
 """The panel Batch: many assets of one press. It writes down what is asked for and starts `kiln batch` (batches.py), which goes on without
 Blender; then it shows what that process tells, of this and of earlier sessions, and brings results in.
 
-A thread looks at the files (`batches.Watch`), a timer takes in what it tells. Results come in one a tick, all of a batch as one undo step.
+A thread looks at the files (`batches.Watch`), a timer takes in what it tells. Results come in one a tick, all of a batch as one undo step;
+one that cannot come in is told and left out.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import queue
 import traceback
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import bpy
@@ -36,11 +37,13 @@ class Importing:
     """Results on their way into the open file."""
 
     batch: str
+    title: str
     names: list[str]  # of the items that are still to come
     file: int  # session.file: it does not go on in another one
     asked: bool  # by the button: a running tool does not hold it up
     made: int = 0
     along: float = 0.0  # where the next one stands that has no place of its own, Blender units along X
+    failed: list[KilnError] = field(default_factory=list)  # why some stayed out
 
 
 class Batches:
@@ -50,6 +53,7 @@ class Batches:
         self.all: dict[str, Batch] = {}  # newest first
         self.seen = False  # set when the panel's header is drawn first: before, nobody looks
         self.importing: Importing | None = None
+        self.queue: list[Importing] = []  # that come after it
         self.wanted: set[tuple[str, str]] = set()  # thumbnails (batch, item) that were drawn and are not loaded
         self.watch: batches.Watch | None = None
         self.cancelling: set[str] = set()
@@ -112,31 +116,62 @@ class Batches:
     # Results into the open file
 
     def bring_in(self, batch: Batch, asked: bool) -> None:
-        """Begins to import a batch's results; those that the file holds already stay as they are."""
+        """Begins to import a batch's results; those that the file holds already stay as they are. While another's come in, a person is
+        refused, and a batch that has just ended waits for its turn."""
         names = to_import(batch)
         if not names:
             raise KilnError("no-results", f"There is nothing of {batch.order.title} to import.", "What it has is in this file already.")
-        self.importing = Importing(batch.id, names, session.current.file, asked)
+        if self.importing and asked:
+            raise KilnError("busy", f"Results of {self.importing.title} are coming in.", "Wait until they are there.")
+        self.queue.append(Importing(batch.id, batch.order.title, names, session.current.file, asked))
+        self.importing = self.importing or self.queue.pop(0)
 
     def import_next(self, context) -> bool:
-        """Imports one result; whether there are more. The last one makes the undo step. Raises KilnError, and imports no more."""
+        """Imports one result; whether there are more. One that cannot come in is noted, and the rest follows. The last one of a batch makes
+        the undo step of all that came in."""
         work = self.importing
         batch = self.all.get(work.batch)
-        if batch is None or work.file != session.current.file:
-            self.importing = None
-            return False
-        name = work.names.pop(0)
+        here = work.file == session.current.file
+        if batch is None or not here:
+            work.names.clear()
+        try:
+            if work.names:
+                self._import_one(context, work, batch, work.names.pop(0))
+        except BaseException:  # Ctrl-C in a script
+            work.names.clear()
+            raise
+        finally:
+            if not work.names:
+                self.importing = self.queue.pop(0) if self.queue else None
+                if work.made and here:
+                    import_asset.undo_step(context, f"Kiln: import {work.made} of {work.title}")
+        return self.importing is not None
+
+    def import_all(self, context) -> None:
+        """Imports to the end, for scripts and `blender -b`; then raises the KilnError of what stayed out first."""
+        work = self.importing
+        while self.import_next(context):
+            pass
+        if work.failed:
+            raise work.failed[0]
+
+    def _import_one(self, context, work: Importing, batch: Batch, name: str) -> None:
+        if name not in to_import(batch):  # it came in meanwhile
+            return
         try:
             self._import(context, batch, name)
             work.made += 1
-        except BaseException:
-            self.importing = None
-            raise
-        if work.names:
-            return True
-        self.importing = None
-        import_asset.undo_step(context, f"Kiln: import {work.made} of {batch.order.title}")
-        return False
+        except KilnError as error:
+            work.failed.append(error)
+            session.current.note(error)
+        except Exception as error:
+            words = f"The result {name} of {work.title} could not be imported: {error}."
+            work.failed.append(KilnError("import", words, "Press Import Results to try again."))
+            session.current.note(work.failed[-1], traceback.format_exc())
+
+    def comes_in(self, batch: Batch) -> bool:
+        """Whether its results are on their way in, or wait for their turn."""
+        return any(work.batch == batch.id for work in (self.importing, *self.queue) if work)
 
     def _import(self, context, batch: Batch, name: str) -> None:
         folder, told, record = batch.out / name, {}, {}
@@ -358,8 +393,7 @@ class KILN_OT_start_batch(bpy.types.Operator):
                 known.refresh()
                 if batch.order.wants_import and known.all[batch.id].count("done"):
                     known.bring_in(known.all[batch.id], asked=True)
-                    while known.import_next(context):
-                        pass
+                    known.import_all(context)
             else:
                 batches.start(batch)
                 known.refresh()
@@ -451,8 +485,8 @@ class KILN_OT_import_batch(BatchOperator, bpy.types.Operator):
 
     def act(self, context, batch):
         known.bring_in(batch, asked=True)
-        while bpy.app.background and known.import_next(context):
-            pass  # with a window the timer does it, one at a time
+        if bpy.app.background:
+            known.import_all(context)  # with a window the timer does it, one at a time
 
 
 class KILN_OT_remove_batch(BatchOperator, bpy.types.Operator):
@@ -604,11 +638,13 @@ class KILN_PT_batch(panel.KilnPanel, bpy.types.Panel):
         importing = known.importing
         if importing and importing.batch == batch.id:
             waits = session.why_import_waits(importing)
-            count = importing.made + len(importing.names)
+            count = importing.made + len(importing.failed) + len(importing.names)
             if waits:
                 panel.draw_text(box, context, waits, "PAUSE")
             else:
                 box.progress(factor=importing.made / count, text=f"Importing {importing.made} of {count}")
+        elif known.comes_in(batch):
+            panel.draw_text(box, context, f"Comes in after {importing.title}", "TIME")
         if total:
             window = context.window_manager.kiln
             box.template_list(
@@ -625,7 +661,7 @@ class KILN_PT_batch(panel.KilnPanel, bpy.types.Panel):
             row.operator("kiln.resume_batch", icon="PLAY").batch = batch.id
         elif failed:
             row.operator("kiln.resume_batch", text="Retry Failed", icon="FILE_REFRESH").batch = batch.id
-        if done and not batch.active and not (importing and importing.batch == batch.id):
+        if done and not batch.active and not known.comes_in(batch):
             part = row.row(align=True)
             part.enabled = bool(to_import(batch))
             part.operator("kiln.import_batch", text="Import Results" if part.enabled else "In This File", icon="IMPORT").batch = batch.id

@@ -457,6 +457,79 @@ def test_results_come_one_a_tick_into_the_chosen_collection_as_one_undo_step_and
     assert len(bpy.data.collections["Shelf"].children) == 0 and batch_panel.to_import(known.all[folder.name]) == ["A", "B"]
 
 
+def finished(home, *names, id="20260101-000000-aaaaaa", without=(), **order):
+    """A batch that is done, its results where they belong; of those in `without` there is an empty folder."""
+    folder = make(home, "done", [item(name, "done", file=f"/props/{name}.glb") for name in names], id=id, **order)
+    for name in names:
+        if name in without:
+            (folder / "results" / name).mkdir()
+        else:
+            results(folder / "results", name)
+    return folder
+
+
+def brought_in():
+    return sorted(made["kiln_batch"].partition("/")[2] for made in bpy.data.collections if made.get("kiln_batch"))
+
+
+def test_a_result_that_cannot_come_in_is_told_and_holds_up_no_other(home):
+    folder = finished(home, "A", "B", "C", "D", without=("A", "C"))
+    (folder / "results" / "C" / "mesh.glb").write_bytes(b"no mesh")
+    bpy.ops.ed.undo_push(message="Before")
+    known = batch_panel.known
+    known.refresh()
+    known.bring_in(known.all[folder.name], asked=True)
+    assert [known.import_next(bpy.context) for _ in range(4)] == [True, True, True, False]
+    assert brought_in() == ["B", "D"] and known.importing is None
+    assert ["of A has no mesh.glb" in notice.error.message for notice in session.current.notices] == [True, False]
+    with pytest.raises(RuntimeError, match="of A has no mesh.glb"):
+        bpy.ops.kiln.import_batch(batch=folder.name)  # tries those that are missing, in `blender -b` to their end
+    results(folder / "results2", "A")
+    (folder / "results2" / "A" / "mesh.glb").rename(folder / "results" / "A" / "mesh.glb")
+    with pytest.raises(RuntimeError, match="of C|C "):
+        bpy.ops.kiln.import_batch(batch=folder.name)
+    assert brought_in() == ["A", "B", "D"]
+    bpy.ops.ed.undo()
+    assert brought_in() == ["B", "D"]
+    bpy.ops.ed.undo()
+    assert brought_in() == []
+
+
+def test_what_came_in_before_its_batch_was_removed_is_an_undo_step(home):
+    folder = finished(home, "A", "B")
+    bpy.ops.ed.undo_push(message="Before")
+    known = batch_panel.known
+    known.refresh()
+    known.bring_in(known.all[folder.name], asked=True)
+    assert known.import_next(bpy.context)
+    bpy.ops.kiln.remove_batch(batch=folder.name)
+    assert not known.import_next(bpy.context) and brought_in() == ["A"]
+    bpy.ops.object.empty_add()
+    bpy.ops.ed.undo_push(message="Empty")
+    bpy.ops.ed.undo()
+    assert brought_in() == ["A"]
+    bpy.ops.ed.undo()
+    assert brought_in() == []
+
+
+def test_an_import_that_runs_is_not_replaced_by_another(home):
+    first = finished(home, "A", "B")
+    second = finished(home, "C", id="20260102-000000-aaaaaa")
+    known = batch_panel.known
+    known.refresh()
+    known.bring_in(known.all[first.name], asked=True)
+    assert known.import_next(bpy.context)
+    assert refused(known.bring_in, known.all[second.name], asked=True) == "busy"
+    known.bring_in(known.all[second.name], asked=False)  # it has just ended
+    known.bring_in(known.all[first.name], asked=False)  # what failed of it was tried anew: what is there by then comes in once
+    bpy.context.window_manager.kiln.active_batch = 0
+    seen, buttons = drawn()
+    assert "Comes in after Props" in seen and "Import Results" not in buttons
+    while known.import_next(bpy.context):
+        pass
+    assert brought_in() == ["A", "B", "C"] and known.importing is None and known.queue == []
+
+
 def test_a_result_of_an_object_of_this_file_stands_where_that_stood(home):
     folder = make(home, "done")
     results(folder / "results", "Box", scene=bpy.context.scene.name, location=[3.0, 2.0, 1.0], rotation=[1, 0, 0, 0], unit_scale=1.0)
