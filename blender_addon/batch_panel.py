@@ -7,9 +7,12 @@ one that cannot come in is told and left out.
 
 from __future__ import annotations
 
+import itertools
 import json
 import queue
+import time
 import traceback
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +27,8 @@ from .protocol import recipes
 from .protocol.errors import KilnError
 
 TICK = 0.1  # seconds between two looks at what the thread told
+LOOKED_AT = 1000  # objects at most that are looked at to say how many assets there would be: about a millisecond
+FEW = 50  # objects that are looked at anew at each redraw; more of them once a second
 PICTURES = 1  # thumbnails that are loaded in one tick: some milliseconds each
 ICONS = {  # of batches and of their items
     "starting": "SORTTIME", "running": "RENDER_ANIMATION", "interrupted": "PAUSE", "done": "CHECKMARK", "failed": "ERROR",
@@ -58,6 +63,8 @@ class Batches:
         self.watch: batches.Watch | None = None
         self.cancelling: set[str] = set()
         self._over: set[str] = set()  # batches whose end was told
+        self.count: Count | None = None  # of what the settings ask for
+        self.recount = False  # an older one was drawn
 
     def begin(self) -> None:
         if self.watch is None:
@@ -204,7 +211,7 @@ class Batches:
 
     def tick(self) -> float:
         try:
-            moved = self._take_in() or self._load_pictures()
+            moved = self._take_in() or self._load_pictures() or self._draw_count()
             if not moved and self.importing and not session.why_import_waits(self.importing):
                 moved = True  # a tick does one thing: an import is long enough
                 with bpy.context.temp_override(window=session.main_window()):
@@ -231,6 +238,12 @@ class Batches:
         if told is None:
             return False
         self.take(told)
+        return True
+
+    def _draw_count(self) -> bool:
+        if not self.recount or time.monotonic() < self.count.at + 1.0:
+            return False
+        self.recount = False
         return True
 
     def _load_pictures(self) -> bool:
@@ -293,17 +306,63 @@ def home(context, batch: Batch) -> bpy.types.Collection:
 
 def things(context) -> list:
     """The objects or collections that the settings choose; of a folder, its path. What cannot become an asset is left out."""
+    return [thing for thing in looked_at(context) if thing is not None]
+
+
+def looked_at(context) -> Iterator:
+    """`things` one by one, and None for each object that is looked at in vain."""
     chosen, recipe = context.scene.kiln.batch, recipes.RECIPES[context.scene.kiln.recipe]
     if chosen.source == "FOLDER":
-        return [Path(bpy.path.abspath(chosen.folder)).absolute()] if chosen.folder else []
-    if chosen.source == "COLLECTION" and chosen.collection is None:
-        return []
-    if chosen.source == "COLLECTION" and chosen.each == "COLLECTION":
-        return [child for child in chosen.collection.children if batches.surfaces(child.all_objects)]
-    objects = chosen.collection.all_objects if chosen.source == "COLLECTION" else context.selected_objects
-    if recipe.INPUT == "splats":
-        return [thing for thing in objects if splat_nodes.is_splats(thing)]
-    return [thing for thing in batches.surfaces(objects) if not splat_nodes.is_splats(thing)]
+        if chosen.folder:
+            yield Path(bpy.path.abspath(chosen.folder)).absolute()
+    elif chosen.source == "COLLECTION" and chosen.collection is None:
+        return
+    elif chosen.source == "COLLECTION" and chosen.each == "COLLECTION":
+        for child in chosen.collection.children:
+            for thing in child.all_objects:
+                if batches.is_surface(thing):
+                    yield child
+                    break
+                yield None
+    else:
+        splats = recipe.INPUT == "splats"
+        for thing in chosen.collection.all_objects if chosen.source == "COLLECTION" else context.selected_objects:
+            fits = splat_nodes.is_splats(thing) if splats else batches.is_surface(thing) and not splat_nodes.is_splats(thing)
+            yield thing if fits else None
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many assets the settings ask for, as far as the panel looked."""
+
+    assets: int
+    whole: bool  # False: there may be more
+    looked_at: int
+    of: tuple  # what was chosen
+    at: float  # time.monotonic()
+
+
+def counted(context) -> Count:
+    """For the panel, which is drawn at each movement of the mouse: it looks at no more than LOOKED_AT objects, and at many of them no more
+    than once a second. Where it shows what it saw a moment ago, the timer has it drawn once more."""
+    chosen = context.scene.kiln.batch
+    of = (
+        chosen.collection.name_full if chosen.collection else "",
+        context.scene.name,
+        context.scene.kiln.recipe,
+        chosen.source,
+        chosen.folder,
+        chosen.each,
+    )
+    before, now = known.count, time.monotonic()
+    if before and before.of == of and before.looked_at > FEW and now < before.at + 1.0:
+        known.recount = True
+        return before
+    seen = list(itertools.islice(looked_at(context), LOOKED_AT + 1))
+    found = sum(thing is not None for thing in seen[:LOOKED_AT])
+    known.recount = False
+    known.count = Count(found, len(seen) <= LOOKED_AT, min(len(seen), LOOKED_AT), of, now)
+    return known.count
 
 
 def ordered(context) -> Batch:
@@ -582,13 +641,14 @@ class KILN_PT_batch(panel.KilnPanel, bpy.types.Panel):
             box.row().prop(chosen, "each", expand=True)
         elif chosen.source == "FOLDER":
             box.prop(chosen, "folder", text="")
-        found = things(context)
-        if not found:
+        found = counted(context)
+        some = found.assets > 0 or not found.whole
+        if not some:
             error = nothing(chosen, recipe)
             panel.draw_text(box, context, error.message, "INFO")
             panel.draw_text(box, context, error.hint, "BLANK1")
         elif chosen.source != "FOLDER":
-            panel.draw_text(box, context, order_text(context, len(found)), "TIME")
+            panel.draw_text(box, context, order_text(context, found.assets, found.whole), "TIME")
         else:
             panel.draw_text(box, context, f"{recipe.TITLE}, {getattr(settings, recipe.NAME).preset}, as set above", "INFO")
         column = layout.column()
@@ -604,7 +664,7 @@ class KILN_PT_batch(panel.KilnPanel, bpy.types.Panel):
         column.prop(chosen, "fbx")
         row = layout.column()
         row.scale_y = 1.5
-        row.enabled = bool(found)
+        row.enabled = some
         row.operator("kiln.start_batch", icon="PLAY")
 
     @staticmethod
@@ -703,14 +763,16 @@ def share(batch: Batch) -> float:
     return batch.count(*batches.ENDED) / len(batch.items) if batch.items else 0.0
 
 
-def order_text(context, count: int) -> str:
-    """What is asked for in a line: how many, how, how long."""
+def order_text(context, count: int, whole: bool = True) -> str:
+    """What is asked for in a line: how many, how, how long. Not `whole`: there may be more of them."""
     settings = context.scene.kiln
     recipe = recipes.RECIPES[settings.recipe]
     group = getattr(settings, recipe.NAME)
     changed = len(properties.changed(group, recipe))
     how = f"{recipe.TITLE}, {group.preset}" + (f" ({changed} changed)" if changed else "")
     expected = session.current.estimate(recipe.NAME, capture_motion.resolved(properties.values(group, recipe), context.scene))
+    if not whole:
+        return f"{count} or more assets: {how}. {panel.about_text(count * expected.seconds)} or more"
     return f"{count} asset{'s' if count != 1 else ''}: {how}. About {panel.about_text(count * expected.seconds)}"
 
 

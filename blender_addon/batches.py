@@ -96,9 +96,9 @@ def home() -> Path:
 # What to make
 
 
-def surfaces(objects) -> list[bpy.types.Object]:
-    """Those of the objects that an asset could be made of, as far as their kind tells."""
-    return [thing for thing in objects if thing.type in capture.SURFACES or thing.instance_type != "NONE" or thing.particle_systems]
+def is_surface(thing: bpy.types.Object) -> bool:
+    """Whether an asset could be made of the object, as far as its kind tells."""
+    return thing.type in capture.SURFACES or thing.instance_type != "NONE" or bool(thing.particle_systems)
 
 
 def items_of(things) -> list[dict]:

@@ -348,6 +348,47 @@ def test_before_there_is_a_batch_the_panel_says_what_it_would_make_or_what_is_mi
     assert "2 assets: Reconstruct, standard. About" in seen
 
 
+@pytest.mark.parametrize("each", ["OBJECT", "COLLECTION"])
+def test_the_panel_looks_at_few_objects_of_a_large_collection_and_at_many_once_a_second(monkeypatch, each):
+    props = bpy.data.collections.new("Props")
+    bpy.context.scene.collection.children.link(props)
+    for group in range(3):
+        child = bpy.data.collections.new(f"Group {group}")
+        props.children.link(child)
+        for number in range(40):
+            content = bpy.data.meshes.new("Box") if number % 2 else None  # the others are empties
+            child.objects.link(bpy.data.objects.new(f"{group} {number}", content))
+    chosen = bpy.context.scene.kiln.batch
+    chosen.source, chosen.collection, chosen.each = "COLLECTION", props, each
+    now, looks = [0.0], []
+    plain = batches.is_surface
+    monkeypatch.setattr(batches, "is_surface", lambda thing: looks.append(thing) or plain(thing))
+    monkeypatch.setattr(batch_panel.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(batch_panel, "FEW", 5)
+    count, most = (60, 120) if each == "OBJECT" else (3, 6)
+
+    assert f"{count} assets: Reconstruct" in drawn()[0] and len(looks) == most
+    bpy.data.objects.remove(props.children[0].objects[1])
+    now[0] = 0.9
+    assert f"{count} assets: Reconstruct" in drawn()[0] and len(looks) == most, "at most once a second"
+    assert not batch_panel.known._draw_count()
+    now[0] = 1.0
+    assert batch_panel.known._draw_count(), "what was drawn is old: once more"
+    count -= each == "OBJECT"
+    assert f"{count} assets: Reconstruct" in drawn()[0] and len(looks) > most
+    assert not batch_panel.known._draw_count()
+    chosen.collection = props.children[1]
+    words = "20 assets: Reconstruct" if each == "OBJECT" else "No objects are in this collection"
+    assert words in drawn()[0], "another choice is shown at once"
+
+    chosen.collection, now[0] = props, 9.0
+    monkeypatch.setattr(batch_panel, "LOOKED_AT", 5)
+    looks.clear()
+    seen, buttons = drawn()
+    assert "2 or more assets: Reconstruct" in seen and len(looks) <= 6
+    assert len(batch_panel.things(bpy.context)) == count, "the batch itself is of all"
+
+
 def test_what_ended_the_run_as_a_whole_and_what_became_of_the_library_is_told(home):
     folder = make(home, "failed", [item("A", "done"), item("B")])
     file = folder / "results" / "report.json"
