@@ -1,7 +1,7 @@
 """The extension's zip installed in a real Blender with a window: button, modal capture, timer, preview, import, one undo step.
 
-KILN_BLENDER names the Blender, as a command that opens a window (`KILN_BLENDER="xvfb-run -a /opt/blender/blender"`); otherwise `blender` on
-the PATH is used where there is a display. Without one this is skipped, and says so.
+KILN_TEST_BLENDER names the Blender, as a command that opens a window (`KILN_TEST_BLENDER="xvfb-run -a /opt/blender/blender"`); otherwise
+`blender` on the PATH is used where there is a display. Without one this is skipped, and says so.
 """
 
 import json
@@ -122,13 +122,13 @@ bpy.app.timers.register(tick, first_interval=1.0, persistent=True)
 
 
 def blender_command() -> list[str]:
-    named = os.environ.get("KILN_BLENDER")
+    named = os.environ.get("KILN_TEST_BLENDER")
     if named:
         return [named] if Path(named).is_file() else shlex.split(named)
     found = shutil.which("blender")
     if found and (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY") or sys.platform in ("win32", "darwin")):
         return [found]
-    pytest.skip("NOT TESTED: the extension's zip in a real Blender's window. Name one in KILN_BLENDER.")
+    pytest.skip("NOT TESTED: the extension's zip in a real Blender's window. Name one in KILN_TEST_BLENDER.")
 
 
 @pytest.fixture(scope="module")
