@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from backend import disk
 from backend.batch import blender, items, manifest, report
-from backend.batch.captures import Blenders, News
+from backend.batch.blenders import Blenders, News
 from backend.batch.engine import ENDS_ALL, Engine, Event
 from backend.batch.items import Folder
 from backend.batch.manifest import Item
