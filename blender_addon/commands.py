@@ -95,20 +95,6 @@ def _parameters() -> str:
     return "\n".join(lines)
 
 
-def value_of(parameter: recipes.Parameter, text: str):
-    """A parameter's value as a command line says it, checked, or KilnError("bad-parameter")."""
-    spoken = {"on": True, "true": True, "yes": True, "1": True, "off": False, "false": False, "no": False, "0": False}
-    value: object = text
-    if parameter.type is bool:
-        value = spoken.get(text.lower(), text)
-    elif parameter.type in (int, float):
-        try:
-            value = float(text) if parameter.type is float or not text.lstrip("+-").isdigit() else int(text)
-        except ValueError:
-            pass  # refused below, with what is allowed
-    return parameter.check(value)
-
-
 def _values(recipe: str, words: list[str]) -> dict:
     """The flat values of `--set NAME=VALUE`."""
     known = {parameter.name: parameter for parameter in recipes.parameters(recipes.recipe_named(recipe))}
@@ -119,7 +105,7 @@ def _values(recipe: str, words: list[str]) -> dict:
             raise KilnError("bad-parameter", f"--set {word} says no value.", "Write --set NAME=VALUE.")
         if name not in known:
             raise KilnError("bad-parameter", f"{recipe} has no parameter {name!r}.", f"Parameters: {', '.join(known)}.")
-        values[name] = value_of(known[name], text)
+        values[name] = known[name].check(known[name].read(text))
     return values
 
 

@@ -40,6 +40,19 @@ class Parameter:
             words = words.replace(spoken.capitalize(), spoken)
         return words
 
+    def read(self, text: str) -> Any:
+        """The value that a command line or a table's cell says, for `check`; a text that says none stays, to be refused there."""
+        if self.type is bool:
+            spoken = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
+            return spoken.get(text.strip().lower(), text)
+        if self.type in (int, float) and not self.options:
+            for kind in (int, float):
+                try:
+                    return kind(text)
+                except ValueError:
+                    pass
+        return text
+
     def check(self, value: Any) -> Any:
         """The value in this parameter's type, or a `KilnError` that names the parameter, the value and what is allowed."""
         if self.type is bool:

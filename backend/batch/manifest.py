@@ -156,21 +156,6 @@ def safe_name(text: str) -> str:
     return f"asset_{name}" if _RESERVED.match(name) else name or "asset"
 
 
-def parse(parameter: recipes.Parameter, text: str) -> Any:
-    """A parameter's value from a cell or from the command line; a text that is none stays, for `check` to refuse."""
-    if parameter.type is bool:
-        return {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}.get(
-            text.strip().lower(), text
-        )
-    if parameter.type in (int, float) and not parameter.options:
-        for kind in (int, float):
-            try:
-                return kind(text)
-            except ValueError:
-                pass
-    return text
-
-
 # -- Folder, CSV, TOML -----------------------------------------------------------------------------------------------------------------
 
 
@@ -362,9 +347,9 @@ def _item(number: int, where: str, file: Path, entry: dict[str, Any], defaults: 
         known = {parameter.name: parameter for parameter in recipes.parameters(recipes.RECIPES[recipe])}
         own = _flat(entry.get("parameters", {}))
         if texts:
-            own = {name: parse(known[name], text) if name in known else text for name, text in own.items()}
+            own = {name: known[name].read(text) if name in known else text for name, text in own.items()}
         chosen = {name: value for name, value in _flat(defaults.get("parameters", {})).items() if name in known} | own
-        chosen |= {name: parse(known[name], text) for name, text in overrides.parameters.items() if name in known}
+        chosen |= {name: known[name].read(text) for name, text in overrides.parameters.items() if name in known}
         values = recipes.values(recipes.make(recipe, chosen, item.preset))
         return dataclasses.replace(item, kind=kind, recipe=recipe, values=values)
     except KilnError as error:
@@ -425,7 +410,7 @@ def _check_overrides(overrides: Overrides) -> None:
         refusals = []
         for parameter in known:
             try:
-                parameter.check(parse(parameter, text))
+                parameter.check(parameter.read(text))
             except KilnError as error:
                 refusals.append(error)
         if len(refusals) == len(known):  # what one recipe allows is a matter of the items

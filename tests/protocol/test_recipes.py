@@ -45,6 +45,17 @@ def test_a_bad_value_is_refused_by_name_with_what_is_allowed(values, named):
     assert all(word in str(caught.value) for word in named)
 
 
+def test_every_value_can_be_said_as_text():
+    for recipe in recipes.RECIPES.values():
+        for parameter in recipes.parameters(recipe):
+            said = parameter.check(parameter.read(f" {parameter.default} " if not parameter.options else str(parameter.default)))
+            assert said == parameter.default and type(said) is type(parameter.default)
+            with pytest.raises(KilnError, match=parameter.name):
+                parameter.check(parameter.read("many\n"))
+    (flag,) = (one for one in recipes.parameters(recipes.Reconstruct) if one.name == "capture.geometry")
+    assert [flag.read(text) for text in ("on", "YES", "off", "0", "perhaps")] == [True, True, False, False, "perhaps"]
+
+
 def test_unknown_recipes_and_presets_are_answered_with_the_known_ones():
     with pytest.raises(KilnError, match="reconstruct"):
         recipes.make("recontsruct")
