@@ -36,13 +36,29 @@ BALL = 2.5  # cells around such a part in which the field knows of it
 DENSITY = 0.5  # opacity-weighted Gaussian density at the surface (levels 0.3 to 0.7 score alike)
 CROSSING = 0.8  # transmittance at which splats begin to be a surface
 SETTLING = 3  # passes in which vertices are moved onto the surface points around them
+COARSEST, COARSER = 16, 0.7  # cells along the longest side to which a budget of triangles may lead, and each step there
 SKIN = 1.6  # deviations of a Gaussian by which its surface lies before its centre
 
 
 def extract(splats: Splats, views: Views, p: recipes.Surface, progress: Progress = silent) -> Mesh:
-    """The surface of the subject with at most `p.faces` triangles: `dense` and `decimate` in one."""
+    """The surface of the subject with at most `p.faces` triangles: `dense` and `within_budget` in one."""
     surface = dense(splats, views, p, lambda done, text="", preview=None: progress(0.85 * done, text))
-    return decimate(surface, p.faces, lambda done, text="", preview=None: progress(0.85 + 0.15 * done, text))
+    return within_budget(surface, splats, views, p, lambda done, text="", preview=None: progress(0.85 + 0.15 * done, text))
+
+
+def within_budget(surface: Mesh, splats: Splats, views: Views, p: recipes.Surface, progress: Progress = silent) -> Mesh:
+    """A dense surface of the subject with at most `p.faces` triangles.
+
+    A closed surface with g handles has more than 4 g triangles: wheels of spokes and lattices are found again on coarser grids, on which
+    their holes close, until the budget is met or the grid is COARSEST.
+    """
+    made = decimate(surface, p.faces, progress)
+    grid = recipes.cells(p.grid, p.faces)
+    while len(made.faces) > p.faces and grid > COARSEST:
+        grid = max(COARSEST, int(COARSER * grid))
+        coarse = dense(splats, views, dataclasses.replace(p, grid=grid), lambda done, text="", preview=None: progress(done, text))
+        made = decimate(coarse, p.faces, progress)
+    return made
 
 
 def dense(splats: Splats, views: Views, p: recipes.Surface, progress: Progress = silent) -> Mesh:

@@ -14,8 +14,7 @@ from PIL import Image
 
 from backend.mesh import glb, raster
 from backend.mesh.bake import with_normals
-from backend.mesh.decimate import decimate
-from backend.mesh.extract import dense, extract
+from backend.mesh.extract import dense, extract, within_budget
 from backend.mesh.game import GameAsset, asset_name, budgeted, shortfalls
 from backend.mesh.hulls import hulls
 from backend.mesh.lods import budgets, levels
@@ -73,7 +72,7 @@ def surfaces(run: Run, splats: Splats | None, views: Views, p: recipes.Surface, 
     if game.engine == "none" or views.normals is not None:
         return run.stage("Extract surface", extract, splats, views, p), None
     whole = run.stage("Extract surface", dense, splats, views, p)
-    return run.stage("Decimate", decimate, whole, p.faces), whole
+    return run.stage("Decimate", within_budget, whole, splats, views, p), whole
 
 
 def game_ready(run: Run, surface: Mesh, mesh: TexturedMesh, whole: Mesh | None, p: recipes.Game, seed: int = 0) -> GameAsset | None:

@@ -44,6 +44,18 @@ def test_the_face_budget_is_kept_and_the_shape_with_it():
     assert found.volume == pytest.approx(2 * np.pi**2 * 0.6 * 0.22**2, rel=0.03)
 
 
+def test_more_handles_than_the_budget_has_triangles_for_close_on_a_coarser_grid():
+    def sieve(p):  # 49 holes through a plate: at least 200 triangles
+        holes = np.stack([np.hypot(p[..., 0] - x, p[..., 1] - y) for x in np.linspace(-0.5, 0.5, 7) for y in np.linspace(-0.5, 0.5, 7)])
+        return np.maximum(box((0.6, 0.6, 0.05))(p), 0.04 - holes.min(0))
+
+    fine = surface_of(sieve, dataclasses.replace(SURFACE, faces=3000), size=128)
+    assert fine.euler_number < -60 and len(fine.faces) == 3000
+    coarse = surface_of(sieve, dataclasses.replace(SURFACE, faces=150), size=128)
+    assert len(coarse.faces) <= 150 and coarse.is_watertight
+    assert coarse.extents == pytest.approx(fine.extents, abs=0.12)
+
+
 def test_smoothing_does_not_shrink():
     rough = surface_of(sphere(0.5), dataclasses.replace(SURFACE, smoothing=0))
     smooth = surface_of(sphere(0.5), dataclasses.replace(SURFACE, smoothing=100))
