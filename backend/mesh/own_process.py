@@ -20,8 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from backend import disk
 from backend.progress import Progress
 from protocol.errors import KilnError
+
+FULL = 28  # exit status of one whose disk is full
 
 
 def in_own_process(module: str, given: dict[str, Any], seconds: float, what: str, hint: str, progress: Progress) -> dict[str, np.ndarray]:
@@ -51,6 +54,8 @@ def in_own_process(module: str, given: dict[str, Any], seconds: float, what: str
                 if process.poll() is None:
                     process.kill()
                 process.wait()
+        if process.returncode == FULL:
+            raise disk.no_space(Path(folder))
         if process.returncode != 0:
             last = said.read_text(errors="replace").strip().splitlines()[-1:] or [f"exit status {process.returncode}"]
             raise KilnError("internal", f"{what} failed: {last[0]}.", hint)
@@ -63,7 +68,12 @@ def answer(function: Callable[..., dict[str, Any]]) -> None:
     _end_with(int(sys.argv[3]))
     with np.load(sys.argv[1], allow_pickle=False) as arrays:
         found = function(**arrays)
-    np.savez(sys.argv[2], **found)
+    try:
+        np.savez(sys.argv[2], **found)
+    except OSError as error:
+        if disk.is_full(error):
+            sys.exit(FULL)
+        raise
 
 
 def _end_with(parent: int) -> None:

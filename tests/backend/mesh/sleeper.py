@@ -1,14 +1,18 @@
-"""Work for test_own_process.py that never ends: `python -m tests.backend.mesh.sleeper` starts it, in a process of its own."""
+"""Work for test_own_process.py that never ends, or answers more than a small disk holds: `python -m tests.backend.mesh.sleeper` starts it, in a process of its own."""
 
 import os
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
 from backend.mesh.own_process import answer, in_own_process
 
 
 def sleep(mark) -> dict:
+    if str(mark) == "large":
+        return {"zeros": np.zeros(50_000_000, np.uint8)}
     Path(str(mark)).write_text(str(os.getpid()))
     while True:
         time.sleep(1)

@@ -57,3 +57,10 @@ def test_cancelled_it_is_gone_at_once(tmp_path):
 def test_what_ends_badly_says_so():
     with pytest.raises(KilnError, match="Looking failed: .*no_such_module"):
         in_own_process("tests.no_such_module", {}, 1.0, "Looking", "Look elsewhere.", lambda done: None)
+
+
+def test_a_full_disk_is_told_as_one(small_disk, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(small_disk))
+    with pytest.raises(KilnError) as caught:
+        in_own_process("tests.backend.mesh.sleeper", {"mark": "large"}, 1.0, "Answering", "", lambda done: None)
+    assert caught.value.code == "no-space"
