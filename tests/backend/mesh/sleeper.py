@@ -1,4 +1,4 @@
-"""Work for test_own_process.py that never ends, or answers more than a small disk holds: `python -m tests.backend.mesh.sleeper` starts it, in a process of its own."""
+"""Work for test_own_process.py that never ends, or whose answer a small disk does not hold: `python -m tests.backend.mesh.sleeper`."""
 
 import os
 import sys
