@@ -16,6 +16,8 @@ from typing import IO
 from protocol.errors import KilnError
 
 _FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+_UMASK = os.umask(0o077)  # there is no other way to read it
+os.umask(_UMASK)
 LOG_BYTES = 5_000_000
 _WINDOWS_FULL = (39, 112)  # ERROR_HANDLE_DISK_FULL, ERROR_DISK_FULL
 
@@ -76,8 +78,9 @@ def limit_log(stream: int, log: Path) -> None:
             os.lseek(stream, 0, os.SEEK_SET)
 
 
-def write(target: Path, chunks: Iterable[bytes | memoryview], temporary: Path, durable: bool = True) -> None:
-    """Writes `target` whole or not at all. `temporary` is a folder on the same disk. `durable`: it survives a power cut from here on."""
+def write(target: Path, chunks: Iterable[bytes | memoryview], temporary: Path, durable: bool = True, private: bool = True) -> None:
+    """Writes `target` whole or not at all. `temporary` is a folder on the same disk. `durable`: it survives a power cut from here on.
+    `private`: nobody else may read it; else who may read the user's files may."""
     handle, name = tempfile.mkstemp(dir=temporary)
     try:
         with full_disk_named(temporary), os.fdopen(handle, "wb") as file:
@@ -86,6 +89,8 @@ def write(target: Path, chunks: Iterable[bytes | memoryview], temporary: Path, d
             file.flush()
             if durable:
                 os.fsync(file.fileno())
+        if not private:
+            os.chmod(name, 0o666 & ~_UMASK)
         move(Path(name), target, durable)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

@@ -186,7 +186,7 @@ def write_json(path: Path, content: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    patiently(lambda: disk.write(path, [text.encode()], path.parent, durable=False))
+    patiently(lambda: disk.write(path, [text.encode()], path.parent, durable=False, private=False))
 
 
 def read_json(path: Path) -> Any:

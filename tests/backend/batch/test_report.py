@@ -1,5 +1,6 @@
 """index.html: what it shows of a report, that nothing in names or errors can break it, and that it needs nothing from elsewhere."""
 
+import os
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -7,7 +8,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from PIL import Image
 
-from backend.batch import report
+from backend.batch import items, report
 
 
 class Page(HTMLParser):
@@ -143,3 +144,10 @@ def test_figures_come_from_the_result(tmp_path):
     (tmp_path / "mesh.glb").write_bytes(bytes(7))
     assert report.figures_of(tmp_path) == ({"faces": 5, "glb_bytes": 7}, ["Look."])
     assert report.picture_among({"b.npz": Path("b.npz"), "view_1.png": Path("x.png")}) == Path("x.png")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes")
+def test_whoever_may_read_the_users_files_may_read_the_report(tmp_path):
+    (tmp_path / "ordinary").touch()
+    items.write_text(tmp_path / "index.html", "<p>")
+    assert (tmp_path / "index.html").stat().st_mode == (tmp_path / "ordinary").stat().st_mode
