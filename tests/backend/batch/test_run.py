@@ -92,7 +92,7 @@ def test_a_backend_that_dies_is_followed_by_another(bench):
 
 
 def test_cancelled_by_a_file_or_by_ctrl_c_it_goes_on_later(bench):
-    bench.items(*((name, {"seconds": 0.6}) for name in "abc"))
+    bench.items(("a", {"seconds": 0.2}), ("b", {"seconds": 2.5}), ("c", {"seconds": 2.5}))  # time to be cancelled in, on a busy machine too
     process = bench.begin()
     bench.until(lambda: bench.states()["b"] == "computing", "the second is under way")
     (bench.out / "cancel").touch()
