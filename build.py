@@ -499,16 +499,17 @@ def test(options: argparse.Namespace) -> None:
 
             return work
 
+        def in_backend(arguments: Sequence[str]) -> list[str]:
+            return [str(backend), *arguments]
+
+        processes = ("tests/backend/batch", "tests/trust", "tests/test_build.py")  # these mostly wait for processes
+        there = [path for path in (ROOT / "tests/backend").iterdir() if path.is_dir() or path.name.startswith("test_")]
+        modules = sorted(path.relative_to(ROOT).as_posix() for path in there if path.name != "__pycache__")
         here: list[tuple[str, Work | None]] = [
             ("lint", None if _split(options.further, ())[1] is not None else lambda output: _lint(backend)),
-            (
-                "backend",
-                pytest(
-                    lambda arguments: [str(backend), *arguments], "tests/protocol", "tests/backend", "tests/trust", "tests/test_build.py"
-                ),
-            ),
+            ("backend", pytest(in_backend, "tests/protocol", *(path for path in modules if path not in processes))),
         ]
-        beside: list[tuple[str, Work | None]] = []
+        beside: list[tuple[str, Work | None]] = [("batch and trust", pytest(in_backend, *processes))]
         for one in [blender, *(other for other in others if other)]:
             beside.append((f"Blender {one.version}", pytest(one.command, "tests/blender")))
             beside.append((f"end to end, Blender {one.version}", pytest(one.command, "tests/end_to_end")))
