@@ -33,7 +33,7 @@ import msgpack
 from backend import disk
 from backend.pipelines import PIPELINES
 from backend.store import CHUNK, check_name
-from protocol import recipes
+from protocol import pipes, recipes
 from protocol.errors import Cancelled, KilnError
 
 ALIVE_SECONDS = 2.0
@@ -67,7 +67,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the server's terminal: the server decides what becomes of the job
     if hasattr(os, "nice"):
         os.nice(5)  # Blender and the server come first; on Windows jobs.py sets the priority
-    commands, replies = _take_pipes()
+    commands, replies = pipes.take()
+    faulthandler.enable(2)
     lock = threading.Lock()
 
     def send(message: dict[str, Any]) -> None:
@@ -117,23 +118,6 @@ def main() -> None:
         else:
             run_job(command, send, cancelled)
         free_memory()
-
-
-def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
-    """Takes standard input and output for the server alone; whatever else reads gets nothing, whatever else prints goes to the log."""
-    commands, replies = os.dup(0), os.dup(1)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
-    os.dup2(2, 1)
-    if sys.platform == "win32":
-        import msvcrt
-
-        for handle in (commands, replies):
-            msvcrt.setmode(handle, os.O_BINARY)
-    sys.stdout = sys.stderr = io.TextIOWrapper(_Log(), errors="backslashreplace", write_through=True)
-    faulthandler.enable(2)
-    return os.fdopen(commands, "rb"), os.fdopen(replies, "wb")
 
 
 def warm_up(idle: Callable[[], bool]) -> None:
@@ -301,18 +285,6 @@ def lay_out(inputs: dict[str, list[str]], folder: Path, progress: Callable[..., 
 
 def damaged(name: str) -> KilnError:
     return KilnError("damaged-input", f"The stored input {name} is damaged.", "Submit the job again: the file is then sent anew.")
-
-
-class _Log(io.RawIOBase):
-    """The log file. A disk that is full takes no more of it, which is no reason for a step that prints to fail."""
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, content: Any) -> int:
-        with contextlib.suppress(OSError):
-            os.write(2, content)
-        return len(content)
 
 
 class Reports:

@@ -7,9 +7,7 @@ with an empty file, so that nothing of one is left to the next, and imports noth
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
-import io
 import json
 import os
 import queue
@@ -20,12 +18,11 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 import bpy
 
 from . import capture, capture_motion, export, fbx, importers, library, splat_nodes
-from .protocol import recipes
+from .protocol import pipes, recipes
 from .protocol.errors import KilnError
 
 LARGEST = 6 << 30  # bytes of memory that this process may have held: what Blender does not give back adds up
@@ -195,7 +192,7 @@ DO: dict[str, Callable[..., dict]] = {"list": list_subjects, "capture": take, "f
 
 def serve(scratch: str) -> None:
     """Answers requests until it is told to quit, or until whoever asks is gone; then removes the folder `scratch`. Never returns."""
-    requests, replies = _take_pipes()
+    requests, replies = pipes.take()
     lock = threading.Lock()
 
     def send(message: dict) -> None:
@@ -242,34 +239,6 @@ def _leave(scratch: str) -> None:
     """Ends the process. Not by sys.exit: Blender would free everything first, and may crash doing so."""
     shutil.rmtree(scratch, ignore_errors=True)
     os._exit(0)
-
-
-class _Log(io.RawIOBase):
-    """The log file. A disk that is full takes no more of it, which is no reason for a capture to fail."""
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, content) -> int:
-        with contextlib.suppress(OSError):
-            os.write(2, content)
-        return len(content)
-
-
-def _take_pipes() -> tuple[IO[bytes], IO[bytes]]:
-    """Takes standard input and output for the requests alone; what else reads gets nothing, what else prints goes to the log."""
-    requests, replies = os.dup(0), os.dup(1)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
-    os.dup2(2, 1)
-    if sys.platform == "win32":
-        import msvcrt
-
-        for handle in (requests, replies):
-            msvcrt.setmode(handle, os.O_BINARY)
-    sys.stdout = sys.stderr = io.TextIOWrapper(_Log(), errors="backslashreplace", write_through=True)
-    return os.fdopen(requests, "rb"), os.fdopen(replies, "wb")
 
 
 def _peak_memory() -> int:

@@ -20,6 +20,7 @@ import bpy
 from . import api, batches, importers, session
 from .protocol import picture, recipes
 from .protocol.errors import KilnError
+from .protocol.splats import is_splats
 
 DONE, FAILED, BAD, UNAVAILABLE, CANCELLED = 0, 1, 2, 3, 130
 WRONG = ("bad-parameter", "bad-recipe", "bad-input", "bad-subject", "no-object", "nothing-selected")  # codes that say: ask otherwise
@@ -159,17 +160,7 @@ def _recipe_of(file: Path | None) -> str:
     suffix = file.suffix.lower() if file else ""
     if suffix in picture.SUFFIXES:
         return "im3d"
-    return "mesh_splats" if suffix == ".spz" or suffix == ".ply" and _holds_splats(file) else "reconstruct"
-
-
-def _holds_splats(file: Path) -> bool:
-    """Whether a PLY file is one of Gaussians, not of a mesh."""
-    try:
-        with open(file, "rb") as content:
-            head = content.read(8192)
-    except OSError as error:
-        raise KilnError("bad-input", f"{file} cannot be read: {error.strerror or error}.", "Check the path.") from None
-    return b" f_dc_0" in head or b" packed_position" in head
+    return "mesh_splats" if file and is_splats(file) else "reconstruct"
 
 
 def _set_up(given: argparse.Namespace) -> int:

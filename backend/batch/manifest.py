@@ -24,6 +24,7 @@ from typing import Any
 from backend.batch import blender
 from protocol import picture, recipes
 from protocol.errors import KilnError
+from protocol.splats import is_splats
 
 MODELS = (".blend", ".glb", ".gltf", ".obj", ".fbx", ".usd", ".usda", ".usdc", ".usdz", ".ply", ".stl")  # Blender imports these
 WITH_TEXTURES = (".blend", ".gltf", ".obj", ".fbx", ".usd", ".usda", ".usdc")  # whose pictures are files beside them, or below
@@ -361,14 +362,9 @@ def kind_of(file: Path) -> str:
     suffix = file.suffix.lower()
     if file.is_dir() or file.name == "transforms.json":
         return "views" if (file / "transforms.json").is_file() or file.is_file() else ""
-    if suffix == ".ply":
-        try:
-            with open(file, "rb") as content:
-                head = content.read(8192).partition(b"end_header")[0]
-        except OSError as error:
-            raise KilnError("bad-input", f"{file.name} cannot be read: {error.strerror or error}.", "Check the file.") from None
-        return "splats" if b" f_dc_0" in head or b" packed_position" in head else "model"
-    return "model" if suffix in MODELS else "splats" if suffix == ".spz" else "picture" if suffix in picture.SUFFIXES else ""
+    if is_splats(file):
+        return "splats"
+    return "model" if suffix in MODELS else "picture" if suffix in picture.SUFFIXES else ""
 
 
 def _usual(kind: str, file: Path) -> str:

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from numba import prange
 from scipy.spatial import cKDTree
 
+from backend.mesh.bins import sorted_into_bins
 from backend.mesh.clean import drop_pieces, smooth
 from backend.mesh.cloud import Cloud, cloud, summed_normals, surface_points
 from backend.mesh.decimate import decimate
@@ -235,48 +236,13 @@ def _density_in_blocks(
     most = int(means.max()) // SIDE + 1 if len(means) else 0
 
     def fill(blocks, places):
-        low, high = places.min(0), places.max(0) + 1
-        order, starts = _bin(means, reach, np.minimum(low, most), high)
+        low, high = np.minimum(places.min(0), most), places.max(0) + 1
+        first = np.maximum(np.floor((np.ceil(means - reach) - 1) / SIDE).astype(np.int64), low)
+        last = np.minimum(np.floor((means + reach) / SIDE).astype(np.int64), high - 1)
+        order, starts = sorted_into_bins(first - low, last - low, high - low)
         _density(blocks, places, low, high, means, inverse_axes, opacity, reach, order, starts)
 
     return fill
-
-
-@kernel
-def _bin(means, reach, low, high):
-    """The Gaussians that reach each block of the box, in their own order."""
-    counts = high - low
-    starts = np.zeros(counts[0] * counts[1] * counts[2] + 1, np.int64)
-    order = np.empty(0, np.int32)
-    for fill in range(2):
-        for n in range(len(means)):
-            a0, a1 = _blocks_of(means[n, 0], reach[n, 0], low[0], high[0])
-            b0, b1 = _blocks_of(means[n, 1], reach[n, 1], low[1], high[1])
-            c0, c1 = _blocks_of(means[n, 2], reach[n, 2], low[2], high[2])
-            for a in range(a0, a1):
-                for b in range(b0, b1):
-                    for c in range(c0, c1):
-                        box = ((a - low[0]) * counts[1] + b - low[1]) * counts[2] + c - low[2]
-                        if fill:
-                            order[starts[box]] = n
-                            starts[box] += 1
-                        else:
-                            starts[box + 1] += 1
-        if not fill:
-            for box in range(len(starts) - 1):
-                starts[box + 1] += starts[box]
-            order = np.empty(starts[-1], np.int32)
-    for box in range(len(starts) - 1, 0, -1):
-        starts[box] = starts[box - 1]
-    starts[0] = 0
-    return order, starts
-
-
-@kernel
-def _blocks_of(middle, reach, low, high):
-    """The blocks along an axis that hold grid points within reach: first and one past the last."""
-    first = int(np.floor((np.ceil(middle - reach) - 1) / SIDE))
-    return max(first, low), min(int(np.floor((middle + reach) / SIDE)) + 1, high)
 
 
 @parallel_kernel

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from numba import prange
 
+from backend.mesh.bins import sorted_into_bins
 from backend.mesh.mesh import Mesh
 from backend.splats.parallel import kernel, parallel_kernel
 
@@ -49,38 +50,10 @@ def triangles(mesh: Mesh) -> Triangles:
     side = float((high - low).max()) / min(max(math.sqrt(len(faces)) / 2, LEAST_BINS), MOST_BINS)
     side = max(side, 1e-12)
     counts = np.floor((high - low) / side).astype(np.int64) + 1
-    starts, order = _bin(vertices, faces, low, side, counts)
+    corners = vertices[faces]
+    first, last = (np.floor((end - low) / side).astype(np.int64).clip(0, counts - 1) for end in (corners.min(1), corners.max(1)))
+    order, starts = sorted_into_bins(first, last, counts)
     return Triangles(vertices, faces, low, side, counts, starts, order)
-
-
-@kernel
-def _bin(vertices, faces, origin, side, counts):
-    starts = np.zeros(counts[0] * counts[1] * counts[2] + 1, np.int64)
-    order = np.empty(0, np.int32)
-    first, last = np.empty(3, np.int64), np.empty(3, np.int64)
-    for fill in range(2):
-        for f in range(len(faces)):
-            for axis in range(3):
-                a, b, c = vertices[faces[f, 0], axis], vertices[faces[f, 1], axis], vertices[faces[f, 2], axis]
-                first[axis] = _place(min(a, b, c), origin[axis], side, counts[axis])
-                last[axis] = _place(max(a, b, c), origin[axis], side, counts[axis])
-            for i in range(first[0], last[0] + 1):
-                for j in range(first[1], last[1] + 1):
-                    for k in range(first[2], last[2] + 1):
-                        box = (i * counts[1] + j) * counts[2] + k
-                        if fill:
-                            order[starts[box]] = f
-                            starts[box] += 1
-                        else:
-                            starts[box + 1] += 1
-        if not fill:
-            for box in range(len(starts) - 1):
-                starts[box + 1] += starts[box]
-            order = np.empty(starts[-1], np.int32)
-    for box in range(len(starts) - 1, 0, -1):
-        starts[box] = starts[box - 1]
-    starts[0] = 0
-    return starts, order
 
 
 @kernel
